@@ -17,6 +17,8 @@ from finetuna_func._adapters import new_finetuned
 from finetuna_func._base import quantize_base_model
 from finetuna_func._functional import apply, apply_stacked
 from finetuna_func._layers import register_layer, register_subclass
+from finetuna_func._losses import causal_lm_loss
+from finetuna_func._remat import remat
 from finetuna_func._state import load_state_dict, merge, state_dict, to_module
 from finetuna_func._transforms import stacked_value_and_grad, value_and_grad
 from finetuna_func._trees import combine, index, partition, stack, tree_at, unstack
@@ -36,6 +38,7 @@ __all__ = [
     "Params",
     "apply",
     "apply_stacked",
+    "causal_lm_loss",
     "combine",
     "index",
     "load",
@@ -48,6 +51,7 @@ __all__ = [
     "random",
     "register_layer",
     "register_subclass",
+    "remat",
     "save",
     "stack",
     "stacked_value_and_grad",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.utils._pytree as torch_pytree
@@ -14,7 +14,9 @@ from finetuna_func._base import quantized_leaves
 from finetuna_func._filters import join_name, split_name
 from finetuna_func._hf import has_mask, with_additive_mask
 from finetuna_func._layers import LEAF_NAMES, Call, inside_vmap
-from finetuna_func._types import Base, Finetuned
+from finetuna_func._types import Base, Finetuned, Params
+
+Blocks: TypeAlias = Literal["blocks"] | None
 
 
 def apply(
@@ -23,6 +25,8 @@ def apply(
     *args: Any,
     train: bool = False,
     rng: Tensor | None = None,
+    remat: Blocks = None,
+    compile: Blocks = None,
     **kwargs: Any,
 ) -> Any:
     """Returns what the model returns, computed from ``base`` and ``tuned`` alone.
@@ -38,31 +42,38 @@ def apply(
         train: Whether dropout is on: that of the adapters and the model's ``nn.Dropout`` layers.
             (Dropout inside fused attention stays off: it has no key.)
         rng: Key for the dropout masks, from ``ft.random.key``; required if there is any dropout.
+        remat: ``"blocks"`` to keep only the inputs of the model's repeated blocks for the backward pass and compute
+            each block again there: a third more time, and activations of one block instead of all.
+        compile: ``"blocks"`` to run the repeated blocks through ``torch.compile``, one graph for all that are alike,
+            where no ``torch.func`` transform is active.
         **kwargs: Keyword inputs of the model.
 
     Raises:
-        ValueError: ``tuned`` belongs to another base, is a stack, or ``rng`` is missing.
+        ValueError: ``tuned`` belongs to another base, is a stack, ``rng`` is missing, or ``remat`` or ``compile`` is
+            something else, or the model has no repeated blocks.
 
     Example:
         >>> base, tuned = new_finetuned(tiny_model())
         >>> apply(base, tuned, torch.zeros(3, dtype=torch.long)).shape
         torch.Size([3, 4])
     """
-    _check_types("apply", base, tuned, rng)
-    if tuned is not None:
-        _check_unstacked(base, tuned)
+    check_types("apply", base, tuned, rng)
+    check_unstacked("ft.apply", base, tuned)
     if rng is not None and rng.ndim:
         raise ValueError(f"apply: rng has shape {tuple(rng.shape)}; one finetune takes one key, of shape ().")
-    leaves = bind(base, tuned, train=train, rng=rng)
-    masked = has_mask(kwargs)
-    with base.skeleton.calling(masked=masked, on_cpu=_on_cpu(base)) as (module, _):
-        if masked and inside_vmap():
-            kwargs = with_additive_mask(module, kwargs, base.skeleton.dtype)
-        return torch.func.functional_call(module, leaves, args, kwargs, tie_weights=False)
+    fields = check_blocks("apply", base, remat, compile)
+    return run(base, bind(base, tuned, train=train, rng=rng), args, kwargs, **fields)
 
 
 def apply_stacked(
-    base: Base, stacked: Finetuned, *args: Any, train: bool = False, rng: Tensor | None = None, **kwargs: Any
+    base: Base,
+    stacked: Finetuned,
+    *args: Any,
+    train: bool = False,
+    rng: Tensor | None = None,
+    remat: Blocks = None,
+    compile: Blocks = None,
+    **kwargs: Any,
 ) -> Any:
     """Returns the outputs of N finetunes on N batches, ``(N, B, ...)``, from one run of the model.
 
@@ -76,6 +87,8 @@ def apply_stacked(
         *args: Inputs; every tensor is ``(N, B, ...)``.
         train: As for `apply`.
         rng: One key, split into one per finetune, or ``(N,)`` keys.
+        remat: As for `apply`.
+        compile: As for `apply`.
         **kwargs: Keyword inputs; likewise.
 
     Raises:
@@ -87,25 +100,58 @@ def apply_stacked(
         >>> apply_stacked(base, stack([tuned] * 5), torch.zeros(5, 3, dtype=torch.long)).shape
         torch.Size([5, 3, 4])
     """
-    _check_types("apply_stacked", base, stacked, rng)
+    check_types("apply_stacked", base, stacked, rng)
     if stacked is None or stacked.stack_size is None:
         raise ValueError(f"apply_stacked: expected a stack made by ft.stack([...]), got {stacked!r}; use ft.apply.")
+    fields = check_blocks("apply_stacked", base, remat, compile)
+    leaves = bind(base, stacked, train=train, rng=keys_of_stack("apply_stacked", stacked.stack_size, rng))
+    return run_stacked(base, stacked, leaves, args, kwargs, **fields)
+
+
+def run(base: Base, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any], **fields: Any) -> Any:
+    """Returns the model's output from the tensors of a call, or its body's; ``fields`` are those of the `Call`."""
+    masked = has_mask(kwargs)
+    with base.skeleton.calling(masked=masked, on_cpu=_on_cpu(base), **fields) as (module, call):
+        if masked and inside_vmap():
+            kwargs = with_additive_mask(module, kwargs, base.skeleton.dtype)
+        out = torch.func.functional_call(module, dict(leaves), args, kwargs, tie_weights=False)
+        return call.body_output if call.part == "body" else out
+
+
+def run_stacked(
+    base: Base, stacked: Finetuned, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any], **fields: Any
+) -> Any:
+    """Returns the same for a stack, ``(N, B, ...)``."""
     n = stacked.stack_size
+    assert n is not None
     shape = _input_shape(n, args, kwargs)
     spare = _spare_rows(n, shape.batch, 0, {size for own in shape.inputs for size in own})
-    if rng is not None:
-        if rng.ndim == 0:
-            rng = _random.split(rng, n)
-        elif rng.shape != (n,):
-            raise ValueError(f"apply_stacked: rng has shape {tuple(rng.shape)}; expected () or ({n},), a key each.")
-    leaves = bind(base, stacked, train=train, rng=rng)
-    out = _run_rows(base, stacked, leaves, shape, spare, args, kwargs)
+    out = _run_rows(base, stacked, leaves, shape, spare, args, kwargs, **fields)
     suspects = set() if torch.compiler.is_compiling() else _axes_like_rows(out, n * (shape.batch + spare))
     if suspects:
         taken = {size for leaf in torch_pytree.tree_leaves((out, args, kwargs)) for size in getattr(leaf, "shape", ())}
         another = _spare_rows(n, shape.batch, spare + 1, taken)
-        _check_rows_do_not_mix(base, stacked, leaves, shape, another, args, kwargs, suspects)
+        _check_rows_do_not_mix(base, stacked, leaves, shape, another, args, kwargs, suspects, **fields)
     return _unfold_outputs(n, shape.batch, spare, out)
+
+
+def is_stack(base: Base, tuned: Finetuned | None) -> bool:
+    """Returns whether the leaves of a finetune have a leading axis; inside a ``vmap`` over a stack they have none."""
+    if tuned is None or tuned.stack_size is None or not tuned.params:
+        return False
+    name, leaf = next(iter(tuned.params.items()))
+    own = split_name(name)[1]
+    expected = {"lora_a": 2, "lora_b": 2, "lora_bias": 1, "lora_magnitude": 1}.get(own)
+    return leaf.ndim > (len(base.skeleton.shapes[name]) if expected is None else expected)
+
+
+def keys_of_stack(function: str, n: int, rng: Tensor | None) -> Tensor | None:
+    """Returns a key for each of ``n`` finetunes, from one or from as many."""
+    if rng is None or rng.shape == (n,):
+        return rng
+    if rng.ndim == 0:
+        return _random.split(rng, n)
+    raise ValueError(f"{function}: rng has shape {tuple(rng.shape)}; expected () or ({n},), a key each.")
 
 
 def _spare_rows(n: int, batch: int, least: int, lengths: set[int]) -> int:
@@ -122,19 +168,33 @@ def _spare_rows(n: int, batch: int, least: int, lengths: set[int]) -> int:
 def _run_rows(
     base: Base,
     stacked: Finetuned,
-    leaves: dict[str, Tensor],
+    leaves: Params,
     shape: _InputShape,
     spare: int,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    **fields: Any,
 ) -> Any:
     assert stacked.stack_size is not None
     args, kwargs = torch_pytree.tree_map(lambda leaf: _fold_input(leaf, spare), (args, kwargs))
     rows = stacked.stack_size * (shape.batch + spare)
-    with base.skeleton.calling(stack=stacked.stack_size, rows=rows, inputs=shape.inputs) as (module, call):
-        out = torch.func.functional_call(module, leaves, args, kwargs, tie_weights=False)
+    with base.skeleton.calling(stack=stacked.stack_size, rows=rows, inputs=shape.inputs, **fields) as (module, call):
+        out = torch.func.functional_call(module, dict(leaves), args, kwargs, tie_weights=False)
         _check_plain_layers_ran(stacked, call)
-    return out
+        return call.body_output if call.part == "body" else out
+
+
+def check_blocks(function: str, base: Base, remat: Blocks, compile: Blocks) -> dict[str, bool]:
+    """Returns the fields of a `Call` for these arguments, checked."""
+    for name, value in (("remat", remat), ("compile", compile)):
+        if value not in (None, "blocks"):
+            raise ValueError(f"{function}({name}={value!r}): expected 'blocks' or None.")
+        if value is not None and not base.skeleton.blocks:
+            raise ValueError(
+                f"{function}({name}='blocks'): {base.skeleton.name} has no repeated blocks (two or more modules of one "
+                "class in an nn.ModuleList). Use ft.remat or torch.compile on your own functions."
+            )
+    return {"remat": remat is not None, "compile": compile is not None}
 
 
 def bind(base: Base, tuned: Finetuned | None, *, train: bool = False, rng: Tensor | None = None) -> dict[str, Tensor]:
@@ -208,17 +268,11 @@ def _dropout_keys(base: Base, tuned: Finetuned | None, rng: Tensor | None) -> di
     return keys
 
 
-def _check_unstacked(base: Base, tuned: Finetuned) -> None:
-    name, leaf = next(iter(tuned.params.items()), (None, None))
-    if name is None or leaf is None or tuned.stack_size is None:
-        return
-    own = split_name(name)[1]
-    expected = {"lora_a": 2, "lora_b": 2, "lora_bias": 1, "lora_magnitude": 1}.get(own)
-    if expected is None:
-        expected = len(base.skeleton.shapes[name])
-    if leaf.ndim > expected:
+def check_unstacked(function: str, base: Base, tuned: Finetuned | None) -> None:
+    """Raises if a finetune is a stack."""
+    if tuned is not None and is_stack(base, tuned):
         raise ValueError(
-            f"tuned: a stack of {tuned.stack_size} finetunes was given to ft.apply; use "
+            f"tuned: a stack of {tuned.stack_size} finetunes was given to {function}; use "
             "ft.apply_stacked(base, stacked, ...), torch.func.vmap(ft.apply, in_dims=(None, 0, ...)), or "
             "ft.index(stacked, i)."
         )
@@ -266,12 +320,13 @@ def _axes_like_rows(out: Any, rows: int) -> set[str]:
 def _check_rows_do_not_mix(
     base: Base,
     stacked: Finetuned,
-    leaves: dict[str, Tensor],
+    leaves: Params,
     shape: _InputShape,
     spare: int,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     suspects: set[str],
+    **fields: Any,
 ) -> None:
     """Raises if an axis grows with the rows: such an output compares the rows of one finetune with those of others.
 
@@ -279,7 +334,7 @@ def _check_rows_do_not_mix(
     """
     assert stacked.stack_size is not None
     with torch.no_grad():
-        again = _run_rows(base, stacked, leaves, shape, spare, args, kwargs)
+        again = _run_rows(base, stacked, leaves, shape, spare, args, kwargs, **fields)
     mixing = suspects & _axes_like_rows(again, stacked.stack_size * (shape.batch + spare))
     if mixing:
         raise ValueError(
@@ -292,7 +347,8 @@ def _on_cpu(base: Base) -> bool:
     return next(iter(base.params.values())).device.type == "cpu" if base.params else False
 
 
-def _check_types(function: str, base: Any, tuned: Any, rng: Any) -> None:
+def check_types(function: str, base: Any, tuned: Any, rng: Any) -> None:
+    """Raises if the arguments that all calls have in common are of the wrong type."""
     if not isinstance(base, Base):
         raise TypeError(
             f"{function}: expected a Base first, made by ft.quantize_base_model(model), got {type(base).__name__}."

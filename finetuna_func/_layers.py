@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,10 @@ class LayerType:
     extends: type[nn.Module] | None = None
 
 
+Part = Literal["all", "body", "head"]
+CallState = tuple[int | None, int, frozenset[tuple[int, ...]], bool, bool, Part, Any, set[str], dict[str, int]]
+
+
 @dataclass
 class Call:
     """What a call on one thread's skeleton knows that is not a tensor; shared by its layers."""
@@ -78,18 +82,61 @@ class Call:
     stack: int | None = None
     rows: int = 0  # N * B, the leading axis of every activation of a stacked call
     inputs: frozenset[tuple[int, ...]] = frozenset()  # shapes of the inputs without (N, B), such as (T,)
+    remat: bool = False  # whether blocks are computed again in the backward pass
+    compile: bool = False  # whether blocks are compiled
+    part: Part = "all"  # of a model with a head: the body without the head, or the head without the body
+    body_output: Any = None  # what the body returned, or stands for what it returns
     seen: set[str] = field(default_factory=set)  # layers whose forward ran
     draws: dict[str, int] = field(default_factory=dict)  # dropout masks drawn so far, by layer
 
-    def begin(self, stack: int | None, rows: int, inputs: frozenset[tuple[int, ...]]) -> tuple[Any, ...]:
-        """Starts a call; returns what `restore` takes at its end."""
-        before = (self.stack, self.rows, self.inputs, self.seen, self.draws)
-        self.restore((stack, rows, inputs, set(), {}))
+    def begin(self, **fields: Any) -> CallState:
+        """Starts a call with these fields and the others as they are by default; returns what `restore` takes."""
+        before = self._state()
+        self.restore(Call(**fields)._state())
         return before
 
-    def restore(self, state: tuple[Any, ...]) -> None:
+    def restore(self, state: CallState) -> None:
         """Ends a call."""
-        self.stack, self.rows, self.inputs, self.seen, self.draws = state
+        (
+            self.stack,
+            self.rows,
+            self.inputs,
+            self.remat,
+            self.compile,
+            self.part,
+            self.body_output,
+            self.seen,
+            self.draws,
+        ) = state
+
+    def _state(self) -> CallState:
+        return (
+            self.stack,
+            self.rows,
+            self.inputs,
+            self.remat,
+            self.compile,
+            self.part,
+            self.body_output,
+            self.seen,
+            self.draws,
+        )
+
+    def of_block(self, path: str, representative: str) -> CallState:
+        """Returns the state in which a block runs through its representative: its draws so far under those paths."""
+        draws = {representative + own[len(path) :]: n for own, n in self.draws.items() if _is_below(own, path)}
+        return self.stack, self.rows, self.inputs, False, False, "all", None, set(), draws
+
+    def enter(self, state: CallState) -> CallState:
+        """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""
+        before = self._state()
+        self.restore((*state[:-2], set(state[-2]), dict(state[-1])))
+        return before
+
+    def after_block(self, path: str, representative: str, seen: set[str], draws: dict[str, int]) -> None:
+        """Takes over what happened in a block, under its own paths."""
+        self.seen |= {path + own[len(representative) :] for own in seen}
+        self.draws.update({path + own[len(representative) :]: count for own, count in draws.items()})
 
     def divided(self, path: str, x: Tensor) -> Tensor:
         """Returns an input of a layer with parameters per finetune, with a leading axis that divides by rows.
@@ -296,6 +343,10 @@ def keyed_dropout(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     if "dropout_key" not in leaves:
         return x
     return _dropout(layer, leaves, x, layer.p)
+
+
+def _is_below(path: str, block: str) -> bool:
+    return path == block or path.startswith(f"{block}.")
 
 
 def inside_vmap() -> bool:

@@ -25,6 +25,8 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 from torch._C._functorch import TransformType, get_interpreter_stack  # type: ignore[import-not-found]
 
+from finetuna_func._blocks import mark_blocks
+from finetuna_func._body import mark_body_and_head
 from finetuna_func._filters import join_name
 from finetuna_func._hf import switch_off_warnings, weights_read_by_parent
 from finetuna_func._layers import LEAF_NAMES, Binding, Call, LayerType, float_weight, layer_type
@@ -78,6 +80,9 @@ class Skeleton:
         shapes: Shape of each parameter, under all its names.
         same_module: Other paths of modules that the model holds several times.
         required: Names of the tensors that a call must bring.
+        blocks: Paths of the repeated blocks.
+        body: Path of the model without its head, of a Hugging Face language model; ``None`` of another.
+        head: Path of its head.
         dropouts: Paths of ``nn.Dropout`` layers with a positive rate.
         default_scheme: The 8-bit format for layers quantized later.
         packings: How the user's packed parameters are put together again.
@@ -142,6 +147,8 @@ class Skeleton:
             path for path, module in self._module.named_modules() if isinstance(module, nn.Dropout) and module.p > 0
         )
         self.required = frozenset(self._required_names())
+        self.blocks = mark_blocks(self._module, call)
+        self.body, self.head = mark_body_and_head(self._module, call)
         self._module._ft_call = call  # type: ignore[assignment]
         self._local = threading.local()
 
@@ -163,27 +170,17 @@ class Skeleton:
         return tuple(self._module.state_dict())
 
     @contextmanager
-    def calling(
-        self,
-        *,
-        stack: int | None = None,
-        rows: int = 0,
-        inputs: frozenset[tuple[int, ...]] = frozenset(),
-        masked: bool = False,
-        on_cpu: bool = False,
-    ) -> Iterator[tuple[nn.Module, Call]]:
+    def calling(self, *, masked: bool = False, on_cpu: bool = False, **fields: Any) -> Iterator[tuple[nn.Module, Call]]:
         """Yields this thread's module, set up for one call, and what the call knows.
 
         Args:
-            stack: Number of finetunes of a stacked call.
-            rows: Its rows.
-            inputs: Shapes of its inputs, per row.
             masked: Whether an attention mask is among the inputs.
             on_cpu: Whether the call runs on the CPU.
+            **fields: Of the `Call`.
         """
         module = self._checkout(masked, on_cpu)
         call: Call = module._ft_call  # type: ignore[assignment]
-        before = call.begin(stack, rows, inputs)
+        before = call.begin(**fields)
         try:
             yield module, call
         finally:

@@ -1,0 +1,215 @@
+"""The repeated blocks of a model, each run as one pure function of its tensors.
+
+A block (a decoder layer, say) is then the unit of recomputation, ``remat="blocks"``, and of compilation,
+``compile="blocks"``. Blocks that differ in nothing but tensors and numbers share a *representative*, a copy of
+the first of them, through which all run: the compiler sees one function and compiles it once, in the time of
+one layer and not of the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
+
+from finetuna_func._filters import join_name
+from finetuna_func._layers import LEAF_NAMES, Binding, Call
+from finetuna_func._remat import remat
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+@dataclass
+class Block:
+    """What a block of the skeleton carries.
+
+    Attributes:
+        path: Its dotted path.
+        representative: The module that its tensors run through.
+        representative_path: The path of the block that it is a copy of.
+        settings: Its own values of what differs between the blocks of one representative, such as their
+            number, by (path, attribute). They are set on the representative while it runs, so that code which
+            reads them gets this block's, and the compiler's guards see them.
+    """
+
+    path: str
+    representative: nn.Module
+    representative_path: str
+    settings: Mapping[tuple[str, str], Any]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Block:
+        return Block(self.path, copy.deepcopy(self.representative, memo), self.representative_path, self.settings)
+
+
+def mark_blocks(skeleton: nn.Module, call: Call) -> tuple[str, ...]:
+    """Makes every repeated block of a skeleton one that runs as a function if the call asks for it; returns them."""
+    groups: dict[Any, dict[str, nn.Module]] = {}
+    for path in block_paths(skeleton):
+        module = skeleton.get_submodule(path)
+        groups.setdefault(_structure(module), {})[path] = module
+    for group in groups.values():
+        representative_path, first = next(iter(group.items()))
+        shared = {id(value): value for _, _, value in _attributes(first) if not _is_simple(value)}
+        # A copy beside the model: what a call sets on the model's own modules never shows on it.
+        representative = copy.deepcopy(first, {id(call): call, **shared})
+        settings = {path: _settings(module) for path, module in group.items()}
+        differing = [
+            name
+            for name, value in settings[representative_path].items()
+            if any(own[name] != value for own in settings.values())
+        ]
+        for path, module in group.items():
+            own = {name: settings[path][name] for name in differing}
+            module._ft_block = Block(path, representative, representative_path, own)  # type: ignore[assignment]
+            module._ft_call = call  # type: ignore[assignment]
+            module.__class__ = _as_function(type(module))
+    return tuple(path for group in groups.values() for path in group)
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Returns the paths of the repeated blocks: of the outermost lists, the entries of a class that occurs again."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{block}.") for block in found):
+            continue
+        classes = [type(child) for child in module]
+        found += [
+            join_name(path, name)
+            for name, child in module.named_children()
+            if classes.count(type(child)) > 1 and any(True for _ in child.children())
+        ]
+    return found
+
+
+def _as_function(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose instances run as a function of their tensors if the call asks for it."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call: Call = self._ft_call  # type: ignore[assignment]
+        if not (call.remat or call.compile) or _has_state((args, kwargs)):
+            return cls.forward(self, *args, **kwargs)
+        return _run(self, call, args, kwargs)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _has_state(inputs: Any) -> bool:
+    """Whether something among the inputs of a block, such as a key-value cache, can be changed by it."""
+    if isinstance(inputs, (tuple, list)):
+        return any(_has_state(value) for value in inputs)
+    if isinstance(inputs, dict):
+        return any(_has_state(value) for value in inputs.values())
+    return hasattr(inputs, "__dict__") and not isinstance(inputs, (Tensor, type, types.FunctionType))
+
+
+def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a block through its representative: recomputed in the backward pass, compiled, or both."""
+    block: Block = module._ft_block  # type: ignore[assignment]
+    compile = call.compile
+    state = call.of_block(block.path, block.representative_path)
+
+    def pure(leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        # The backward pass comes here again, when the call is over: all that the block knows is set and unset.
+        others = _exchange(block.representative, block.settings)
+        before = call.enter(state)
+        try:
+            run = compiled(block.representative, _call) if compile else _call
+            return run(block.representative, leaves, args, kwargs), (call.seen, call.draws)
+        finally:
+            call.restore(before)
+            _exchange(block.representative, others)
+
+    out, (seen, draws) = (remat(pure) if call.remat else pure)(dict(_tensors_of(module)), args, kwargs)
+    call.after_block(block.path, block.representative_path, seen, draws)
+    return out
+
+
+def _call(module: nn.Module, leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return torch.func.functional_call(module, leaves, args, kwargs, tie_weights=False)
+
+
+def compiled(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the compiled form of a function of a module, kept with the module: like its skeleton, one thread's.
+
+    Where a ``torch.func`` transform is active, which the compiler does not look through, it is the function itself.
+    """
+    if peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return function
+    found = vars(module).get("_ft_compiled")
+    if found is None:
+        assert isinstance(function, types.FunctionType)
+        # A code object of its own: recompilations are counted by it, over all who share it, and end at eight.
+        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        found = vars(module)["_ft_compiled"] = torch.compile(own, fullgraph=True)
+    return found
+
+
+def _exchange(module: nn.Module, settings: Mapping[tuple[str, str], Any]) -> dict[tuple[str, str], Any]:
+    """Sets attributes of a module and of those below it; returns what they were."""
+    before = {}
+    for (path, name), value in settings.items():
+        attributes = vars(module.get_submodule(path))
+        before[path, name] = attributes[name]
+        attributes[name] = value
+    return before
+
+
+def _tensors_of(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in block.named_modules():
+        attributes = vars(module)
+        for own, leaf in (*module._parameters.items(), *module._buffers.items()):
+            if leaf is not None:
+                yield join_name(path, own), leaf
+        for own in LEAF_NAMES:
+            if own in attributes:
+                yield join_name(path, own), attributes[own]
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """What a module and those below it were given beside tensors: path, name, value."""
+    for path, child in module.named_modules():
+        for name, value in vars(child).items():
+            if name not in _OF_EVERY_MODULE and not name.startswith("_ft"):
+                yield path, name, value
+
+
+def _settings(module: nn.Module) -> dict[tuple[str, str], Any]:
+    return {(path, name): value for path, name, value in _attributes(module) if _is_simple(value)}
+
+
+def _structure(module: nn.Module) -> Any:
+    """What two blocks must have in common to share a representative: all but tensors and simple settings."""
+    parts: list[Any] = []
+    for path, child in module.named_modules():
+        tensors = [
+            (name, None if leaf is None else (tuple(leaf.shape), leaf.dtype))
+            for name, leaf in (*child._parameters.items(), *child._buffers.items())
+        ]
+        binding = vars(child).get("_ft")
+        bound = None
+        if isinstance(binding, Binding):
+            bound = (binding.type, binding.scheme, binding.dtype, binding.weight_ndim)
+        parts.append((path, type(child), tuple(tensors), bound))
+    rest = [(path, name, None if _is_simple(value) else _key(value)) for path, name, value in _attributes(module)]
+    return tuple(parts), tuple(rest)
+
+
+def _is_simple(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _key(value: Any) -> Any:
+    """Equal for equal values where that can be told, and otherwise for one and the same object alone."""
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(value if _is_simple(value) else _key(value) for value in value)
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value

@@ -1,0 +1,207 @@
+"""The next-token loss of a language model, without its logits ever existing as a whole.
+
+For ``N * B * T`` tokens the logits in fp32 are often the largest tensor of a step: 8192 tokens with 128,000 words
+are 4 GiB, and their gradient as much again. Here the body of the model runs once, and its head a piece of the
+tokens at a time, computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finetuna_func._blocks import compiled
+from finetuna_func._body import with_hidden_states
+from finetuna_func._functional import Blocks, bind, check_blocks, check_types, is_stack, keys_of_stack, run, run_stacked
+from finetuna_func._layers import Call
+from finetuna_func._remat import remat as rematerialized
+from finetuna_func._types import Base, Finetuned, Params
+
+_PIECE_BYTES = 2**28  # of fp32 logits; large enough to keep a GPU busy
+
+
+def causal_lm_loss(
+    base: Base,
+    tuned: Finetuned | None,
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    chunk_tokens: int | None = None,
+    train: bool = False,
+    rng: Tensor | None = None,
+    remat: Blocks = None,
+    compile: Blocks = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Returns the next-token cross-entropy of a finetune, ``()``, or of each finetune of a stack, ``(N,)``, in fp32.
+
+    Equals ``F.cross_entropy(logits[..., :-1, :].float(), labels[..., 1:])`` over each finetune's own tokens, with
+    every derivative of it, in less memory: logits exist for ``chunk_tokens`` tokens at a time. What the model does
+    after its head (a soft cap, a scale) is the model's own code. A model that has no body apart from its head
+    computes its logits as a whole.
+
+    Args:
+        base: The frozen base of a causal language model.
+        tuned: A finetune, a stack, or ``None`` for the base model. Inside ``torch.func.vmap`` over a stack: one.
+        input_ids: ``(B, T)``; ``(N, B, T)`` for a stack.
+        labels: Like ``input_ids``, not shifted: the loss at position t is that of ``labels[t + 1]``. By default the
+            ``input_ids``, without those that ``attention_mask`` hides and those that follow on a hidden one.
+        attention_mask: Like ``input_ids``, 1 where a token is real.
+        ignore_index: The label of tokens that do not count.
+        reduction: ``"mean"`` over the tokens that count (0 if there are none), ``"sum"``, or ``"none"`` for
+            ``(..., B, T - 1)``.
+        chunk_tokens: Tokens whose logits exist at a time, over all finetunes; by default as many as have 256 MiB.
+        train: As for `apply`.
+        rng: As for `apply` and `apply_stacked`.
+        remat: As for `apply`.
+        compile: As for `apply`; the head is compiled as well.
+        **kwargs: Further inputs of the model.
+
+    Raises:
+        ValueError: Shapes that do not fit, or a finetune of another base.
+        TypeError: ``labels`` are not integers.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> base, tuned = new_finetuned(LlamaForCausalLM(LlamaConfig(**sizes)))
+        >>> causal_lm_loss(base, stack([tuned, tuned]), torch.arange(24).reshape(2, 2, 6)).shape
+        torch.Size([2])
+    """
+    check_types("causal_lm_loss", base, tuned, rng)
+    stacked = is_stack(base, tuned)
+    n = tuned.stack_size if stacked and tuned is not None else None
+    _check_inputs(n, input_ids, labels, attention_mask, reduction, chunk_tokens)
+    targets = _targets(input_ids, labels, attention_mask, ignore_index)
+    if n is not None:
+        rng = keys_of_stack("causal_lm_loss", n, rng)
+    fields = check_blocks("causal_lm_loss", base, remat, compile)
+    leaves = bind(base, tuned, train=train, rng=rng)
+    if attention_mask is not None:
+        kwargs["attention_mask"] = attention_mask
+    inputs = {"input_ids": input_ids, **kwargs}
+    part = "all" if base.skeleton.body is None else "body"
+    if n is None:
+        out = run(base, leaves, (), inputs, part=part, **fields)
+    else:
+        assert tuned is not None
+        out = run_stacked(base, tuned, leaves, (), inputs, part=part, **fields)
+    if part == "all":
+        losses = _cross_entropy(_logits(out), targets, ignore_index)
+    else:
+        losses = _losses_in_pieces(base, leaves, out, targets, n, ignore_index, chunk_tokens, fields["compile"])
+    if reduction == "none":
+        return losses[..., :-1]
+    total = losses.sum((-2, -1))
+    if reduction == "sum":
+        return total
+    return total / (targets != ignore_index).sum((-2, -1)).clamp(min=1)
+
+
+def _losses_in_pieces(
+    base: Base,
+    leaves: Params,
+    body_output: Any,
+    targets: Tensor,
+    n: int | None,
+    ignore_index: int,
+    chunk_tokens: int | None,
+    compile: bool,
+) -> Tensor:
+    """Losses like ``targets``, from the body's output, through the head a piece of the tokens at a time."""
+    hidden: Tensor = body_output[0]
+    of_head = {name: leaf for name, leaf in leaves.items() if not name.startswith(f"{base.skeleton.body}.")}
+    with base.skeleton.calling() as (module, call):
+        pass  # this thread's, which the backward pass uses as well, in whatever thread it runs
+    kind = type(body_output)
+
+    def piece(leaves: dict[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+        rows = hidden.flatten(0, -2).unsqueeze(1)  # a row each, of one token
+        before = call.begin(stack=n, rows=rows.shape[0], inputs=frozenset({(1,)}), part="head", body_output=kind)
+        try:
+            run = compiled(module, _head_losses) if compile else _head_losses
+            return run(module, call, leaves, rows, targets, ignore_index)
+        finally:
+            call.restore(before)
+
+    size = _piece_size(base, of_head, targets, n, chunk_tokens)
+    pieces = zip(hidden.flatten(-3, -2).split(size, dim=-2), targets.flatten(-2).split(size, dim=-1), strict=True)
+    losses = [rematerialized(piece)(of_head, own, own_targets) for own, own_targets in pieces]
+    return torch.cat(losses, dim=-1).reshape(targets.shape)
+
+
+def _head_losses(
+    module: nn.Module, call: Call, leaves: dict[str, Tensor], rows: Tensor, targets: Tensor, ignore_index: int
+) -> Tensor:
+    call.body_output = with_hidden_states(call.body_output, rows)
+    ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)  # nobody looks at them
+    logits = _logits(torch.func.functional_call(module, leaves, (), {"input_ids": ids}, tie_weights=False))
+    return _cross_entropy(logits, targets, ignore_index)
+
+
+def _piece_size(base: Base, of_head: Params, targets: Tensor, n: int | None, chunk_tokens: int | None) -> int:
+    """Tokens of one finetune in a piece."""
+    if any(name.endswith("dropout_key") for name in of_head):
+        return targets.shape[-2] * targets.shape[-1]  # a mask is drawn for all tokens together
+    if chunk_tokens is None:
+        vocabulary = base.skeleton.shapes[f"{base.skeleton.head}.weight"][0]
+        chunk_tokens = max(128, _PIECE_BYTES // (4 * vocabulary))
+    return max(1, chunk_tokens // (n or 1))
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    losses = F.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=ignore_index, reduction="none"
+    )
+    return losses.reshape(targets.shape)
+
+
+def _logits(out: Any) -> Tensor:
+    if isinstance(out, Tensor):
+        return out
+    return out["logits"] if "logits" in out else out[0]
+
+
+def _targets(input_ids: Tensor, labels: Tensor | None, attention_mask: Tensor | None, ignore_index: int) -> Tensor:
+    """What each position has to predict: the label that follows, and nothing at the last."""
+    following = (input_ids if labels is None else labels)[..., 1:]
+    if labels is None and attention_mask is not None:
+        real = attention_mask.bool()
+        following = torch.where(real[..., 1:] & real[..., :-1], following, ignore_index)
+    return F.pad(following, (0, 1), value=ignore_index)
+
+
+def _check_inputs(
+    n: int | None,
+    input_ids: Tensor,
+    labels: Tensor | None,
+    attention_mask: Tensor | None,
+    reduction: str,
+    chunk_tokens: int | None,
+) -> None:
+    expected = "(B, T)" if n is None else f"({n}, B, T)"
+    if input_ids.ndim != (2 if n is None else 3) or (n is not None and input_ids.shape[0] != n):
+        raise ValueError(
+            f"causal_lm_loss: input_ids have shape {tuple(input_ids.shape)}; expected {expected} for "
+            f"{'one finetune' if n is None else f'a stack of {n} finetunes'}."
+        )
+    for name, given in (("labels", labels), ("attention_mask", attention_mask)):
+        if given is not None and given.shape != input_ids.shape:
+            raise ValueError(
+                f"causal_lm_loss: {name} have shape {tuple(given.shape)}; expected that of input_ids, "
+                f"{tuple(input_ids.shape)}, not shifted."
+            )
+    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+        raise TypeError(f"causal_lm_loss: labels are {labels.dtype}; expected token ids, torch.long.")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"causal_lm_loss(reduction={reduction!r}): expected 'mean', 'sum' or 'none'.")
+    if chunk_tokens is not None and (isinstance(chunk_tokens, bool) or chunk_tokens < 1):
+        raise ValueError(f"causal_lm_loss(chunk_tokens={chunk_tokens!r}): expected a positive number of tokens.")

@@ -1,0 +1,167 @@
+"""Activation checkpointing under torch.func and plain autograd: memory for time.
+
+`remat` keeps the inputs of a function and computes it again when its derivative is asked for. It is one
+autograd Function that closes over its transforms: the rule of ``vmap`` is the remat of the mapped
+function, and its derivative is a ``torch.func.vjp`` taken when the cotangent arrives, which can be
+differentiated and mapped itself. ``torch.utils.checkpoint`` can do neither, and within
+``functional_call`` it recomputes with the parameters of another call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.utils._pytree as torch_pytree
+import torch.utils.checkpoint
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack, unwrap_if_dead  # type: ignore[import-not-found]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+TensorFunction = Callable[..., tuple[Tensor, ...]]
+
+
+def remat(fn: Callable[P, R]) -> Callable[P, R]:
+    """Returns ``fn`` that keeps its inputs alone for the backward pass, and is computed again there.
+
+    Same values, same derivatives, of any order and under ``vmap``; the activations inside live while its
+    own derivative is computed and at no other time. ``fn`` must be pure, and every tensor that it
+    reads and that needs a derivative must be among its arguments (in any pytree): what it closes over
+    is a constant. Randomness is replayed if it comes from a key of ``ft.random``, not from torch's generator.
+    A call under forward-mode differentiation, which keeps nothing, runs ``fn`` as it is.
+
+    Source: `Training Deep Nets with Sublinear Memory Cost <https://arxiv.org/abs/1604.06174>`_.
+
+    Args:
+        fn: A pure function of pytrees, returning a pytree.
+
+    Raises:
+        TypeError: ``fn`` is not callable.
+
+    Example:
+        >>> def fn(x):
+        ...     return x.sin().sin().sin()
+        >>> x = torch.tensor(0.5)
+        >>> torch.equal(torch.func.grad(remat(fn))(x), torch.func.grad(fn)(x))
+        True
+    """
+    if not callable(fn):
+        raise TypeError(f"remat: expected a function, got {type(fn).__name__}.")
+
+    @functools.wraps(fn)
+    def rematerialized(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():  # the compiler knows this one, and partitions its graph by it
+            return torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        if torch.autograd.forward_ad._current_level >= 0:
+            return fn(*args, **kwargs)
+        leaves, spec = torch_pytree.tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        out_spec: Any = None
+        out_leaves: list[Any] = []
+        autocast = _autocast_now()
+
+        def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+            nonlocal out_spec, out_leaves
+            filled = list(leaves)
+            for place, tensor in zip(places, tensors, strict=True):
+                filled[place] = tensor
+            again_args, again_kwargs = torch_pytree.tree_unflatten(filled, spec)
+            with ExitStack() as stack:
+                for context in autocast:
+                    stack.enter_context(torch.autocast(**context))
+                out = fn(*again_args, **again_kwargs)
+            out_leaves, out_spec = torch_pytree.tree_flatten(out)
+            found = tuple(leaf for leaf in out_leaves if isinstance(leaf, Tensor))
+            out_leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in out_leaves]
+            # A Function may not hand an input through as it is.
+            return tuple(out.view_as(out) if any(out is t for t in tensors) else out for out in found)
+
+        found = iter(_Remat.apply(of_tensors, *(leaves[place] for place in places)))
+        kept = [next(found) if leaf is None else leaf[0] for leaf in out_leaves]
+        leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # autograd holds what it needs
+        return torch_pytree.tree_unflatten(kept, out_spec)
+
+    return rematerialized
+
+
+class _Remat(torch.autograd.Function):
+    """``fn(*tensors)`` that saves the tensors and nothing of what happens inside."""
+
+    @staticmethod
+    def forward(fn: TensorFunction, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return fn(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.fn, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*(out for out in output if not _differentiable(out)))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Where remats nest, saved at the level of a vjp that has ended: what is left of its wrapper is in the way.
+        tensors = tuple(unwrap_if_dead(t) for t in ctx.saved_tensors)
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        used = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+        grads: list[Tensor | None] = [None] * len(tensors)
+        if not wanted or not used:
+            return None, *grads
+        given = tuple(cotangent for cotangent in cotangents if cotangent is not None)
+        # Plain autograd where nothing differentiates again: torch.func.vjp would record for a second derivative.
+        first_order = peek_interpreter_stack() is None and not torch.is_grad_enabled()
+        pull = _pull_first_order if first_order else _pull_any_order
+        for i, grad in zip(wanted, pull(ctx.fn, tensors, wanted, used, given), strict=True):
+            grads[i] = grad
+        return None, *grads
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], fn: TensorFunction, *tensors: Tensor) -> tuple[Any, Any]:
+        mapped = torch.func.vmap(fn, in_dims=in_dims[1:], randomness=info.randomness)
+        out = _Remat.apply(mapped, *tensors)
+        return out, (0,) * len(out)
+
+
+def _pull_first_order(
+    fn: TensorFunction, tensors: tuple[Tensor, ...], wanted: list[int], used: list[int], given: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    with torch.enable_grad():
+        fresh = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        out = fn(*fresh)
+        pairs = [(out[i], cotangent) for i, cotangent in zip(used, given, strict=True) if out[i].requires_grad]
+        if not pairs:
+            return (None,) * len(wanted)
+        outputs, cotangents = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, [fresh[i] for i in wanted], cotangents, allow_unused=True)
+
+
+def _pull_any_order(
+    fn: TensorFunction, tensors: tuple[Tensor, ...], wanted: list[int], used: list[int], given: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    def of_wanted(*some: Tensor) -> tuple[Tensor, ...]:
+        filled = list(tensors)
+        for i, tensor in zip(wanted, some, strict=True):
+            filled[i] = tensor
+        out = fn(*filled)
+        return tuple(out[i] for i in used)
+
+    _, pull = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))
+    return pull(given)
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _autocast_now() -> list[dict[str, Any]]:
+    """The autocast of this moment, since the backward pass runs outside of it."""
+    return [
+        {"device_type": device, "dtype": torch.get_autocast_dtype(device)}
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    ]
