@@ -69,13 +69,11 @@ def causal_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[..., :-1, :].flatten(0, -2).float(), ids[..., 1:].flatten())
 
 
-def stacked_loss(base: ft.Base) -> Callable[[ft.Finetuned, Tensor], Tensor]:
+def stacked_loss(base: ft.Base, **options: Any) -> Callable[[ft.Finetuned, Tensor], Tensor]:
     """Returns losses ``(N,)`` of a stack on ``(N, B, T)`` token ids."""
 
     def loss(stacked: ft.Finetuned, ids: Tensor) -> Tensor:
-        logits = ft.apply_stacked(base, stacked, ids).logits[..., :-1, :]
-        losses = F.cross_entropy(logits.flatten(0, -2).float(), ids[..., 1:].flatten(), reduction="none")
-        return losses.reshape(ids.shape[0], -1).mean(1)
+        return ft.causal_lm_loss(base, stacked, ids, **options)
 
     return loss
 
@@ -95,16 +93,18 @@ def stack_of(base: ft.Base, n: int) -> ft.Finetuned:
     return ft.stack(tuned)
 
 
-def ours(base: ft.Base, ids: Tensor, *, compiled: bool, route: str = "stacked", **options: Any) -> Callable[[], Any]:
-    """Returns a step of N finetunes at once."""
+def ours(base: ft.Base, ids: Tensor, *, route: str = "stacked", **options: Any) -> Callable[[], Any]:
+    """Returns a step of N finetunes at once; ``options`` are those of `ft.causal_lm_loss`."""
     stacked = stack_of(base, ids.shape[0])
     if route == "stacked":
-        loss = stacked_loss(base)
-        step = ft.stacked_value_and_grad(torch.compile(loss, fullgraph=True, **options) if compiled else loss)
+        step = ft.stacked_value_and_grad(stacked_loss(base, **options))
+        return lambda: step(stacked, ids)
+    if route == "whole":  # one graph of the whole model
+        step = ft.stacked_value_and_grad(torch.compile(stacked_loss(base), fullgraph=True, **options))
         return lambda: step(stacked, ids)
 
     def one(tuned: ft.Finetuned, ids: Tensor) -> Tensor:
-        return causal_loss(ft.apply(base, tuned, ids).logits, ids)
+        return ft.causal_lm_loss(base, tuned, ids, **options)
 
     if route == "vmapped":
         step = ft.stacked_value_and_grad(one, in_dims=(0, 0))
@@ -235,13 +235,16 @@ def main() -> None:
     int8 = ft.quantize_base_model(model)
     bf16 = ft.quantize_base_model(model, modules_not_to_quantize=".*")
     variants: dict[str, Callable[[], Callable[[], Any]]] = {
-        "ours int8 eager": lambda: ours(int8, ids, compiled=False),
-        "ours bf16 eager": lambda: ours(bf16, ids, compiled=False),
-        "ours int8 compiled": lambda: ours(int8, ids, compiled=True),
-        "ours int8 compiled, CUDA graphs": lambda: ours(int8, ids, compiled=True, mode="reduce-overhead"),
-        "ours bf16 compiled": lambda: ours(bf16, ids, compiled=True),
-        "ours int8 eager vmapped": lambda: ours(int8, ids, compiled=False, route="vmapped"),
-        "ours int8 raw vmap(grad)": lambda: ours(int8, ids, compiled=False, route="raw"),
+        "ours int8 eager": lambda: ours(int8, ids),
+        "ours bf16 eager": lambda: ours(bf16, ids),
+        "ours int8 blocks compiled": lambda: ours(int8, ids, compile="blocks"),
+        "ours bf16 blocks compiled": lambda: ours(bf16, ids, compile="blocks"),
+        "ours int8 blocks compiled, remat": lambda: ours(int8, ids, compile="blocks", remat="blocks"),
+        "ours int8 eager, remat": lambda: ours(int8, ids, remat="blocks"),
+        "ours int8 whole compiled": lambda: ours(int8, ids, route="whole"),
+        "ours int8 whole compiled, CUDA graphs": lambda: ours(int8, ids, route="whole", mode="reduce-overhead"),
+        "ours int8 eager vmapped": lambda: ours(int8, ids, route="vmapped"),
+        "ours int8 raw vmap(grad)": lambda: ours(int8, ids, route="raw"),
         "PEFT bf16 eager, loop": lambda: peft_step(peft_model(model), ids, compiled=False),
         "PEFT bf16 compiled, loop": lambda: peft_step(peft_model(model), ids, compiled=True),
         "PEFT bf16 eager, one adapter": lambda: peft_step(peft_model(model), one, compiled=False),
