@@ -18,8 +18,10 @@ from finetuna_func._base import quantize_base_model
 from finetuna_func._functional import apply, apply_stacked
 from finetuna_func._layers import register_layer, register_subclass
 from finetuna_func._losses import causal_lm_loss
+from finetuna_func._memory import MemoryReport, memory_report
 from finetuna_func._remat import remat
 from finetuna_func._state import load_state_dict, merge, state_dict, to_module
+from finetuna_func._step import compile_step
 from finetuna_func._transforms import stacked_value_and_grad, value_and_grad
 from finetuna_func._trees import combine, index, partition, stack, tree_at, unstack
 from finetuna_func._types import Base, EmbeddingAdapterConfig, Finetuned, LinearAdapterConfig, Params
@@ -35,14 +37,17 @@ __all__ = [
     "EmbeddingAdapterConfig",
     "Finetuned",
     "LinearAdapterConfig",
+    "MemoryReport",
     "Params",
     "apply",
     "apply_stacked",
     "causal_lm_loss",
     "combine",
+    "compile_step",
     "index",
     "load",
     "load_state_dict",
+    "memory_report",
     "merge",
     "new_finetuned",
     "optim",

@@ -120,7 +120,8 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
         before = call.enter(state)
         try:
             run = compiled(block.representative, _call) if compile else _call
-            return run(block.representative, leaves, args, kwargs), (call.seen, call.draws)
+            with call.within():
+                return run(block.representative, leaves, args, kwargs), (call.seen, call.draws)
         finally:
             call.restore(before)
             _exchange(block.representative, others)

@@ -17,6 +17,7 @@ batched products.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -72,7 +73,8 @@ class LayerType:
 
 
 Part = Literal["all", "body", "head"]
-CallState = tuple[int | None, int, frozenset[tuple[int, ...]], bool, bool, Part, Any, set[str], dict[str, int]]
+Context = Callable[[], AbstractContextManager[Any]]
+CallState = tuple[int | None, int, frozenset[tuple[int, ...]], bool, bool, Part, Any, Context, set[str], dict[str, int]]
 
 
 @dataclass
@@ -86,6 +88,7 @@ class Call:
     compile: bool = False  # whether blocks are compiled
     part: Part = "all"  # of a model with a head: the body without the head, or the head without the body
     body_output: Any = None  # what the body returned, or stands for what it returns
+    within: Context = nullcontext  # what the model's code runs in
     seen: set[str] = field(default_factory=set)  # layers whose forward ran
     draws: dict[str, int] = field(default_factory=dict)  # dropout masks drawn so far, by layer
 
@@ -105,6 +108,7 @@ class Call:
             self.compile,
             self.part,
             self.body_output,
+            self.within,
             self.seen,
             self.draws,
         ) = state
@@ -118,6 +122,7 @@ class Call:
             self.compile,
             self.part,
             self.body_output,
+            self.within,
             self.seen,
             self.draws,
         )
@@ -125,7 +130,7 @@ class Call:
     def of_block(self, path: str, representative: str) -> CallState:
         """Returns the state in which a block runs through its representative: its draws so far under those paths."""
         draws = {representative + own[len(path) :]: n for own, n in self.draws.items() if _is_below(own, path)}
-        return self.stack, self.rows, self.inputs, False, False, "all", None, set(), draws
+        return self.stack, self.rows, self.inputs, False, False, "all", None, self.within, set(), draws
 
     def enter(self, state: CallState) -> CallState:
         """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""

@@ -151,10 +151,13 @@ def _piece_size(base: Base, of_head: Params, targets: Tensor, n: int | None, chu
     """Tokens of one finetune in a piece."""
     if any(name.endswith("dropout_key") for name in of_head):
         return targets.shape[-2] * targets.shape[-1]  # a mask is drawn for all tokens together
-    if chunk_tokens is None:
-        vocabulary = base.skeleton.shapes[f"{base.skeleton.head}.weight"][0]
-        chunk_tokens = max(128, _PIECE_BYTES // (4 * vocabulary))
-    return max(1, chunk_tokens // (n or 1))
+    vocabulary = base.skeleton.shapes[f"{base.skeleton.head}.weight"][0]
+    return max(1, piece_tokens(vocabulary, chunk_tokens) // (n or 1))
+
+
+def piece_tokens(vocabulary: int, chunk_tokens: int | None) -> int:
+    """Returns how many tokens have logits at a time."""
+    return max(128, _PIECE_BYTES // (4 * vocabulary)) if chunk_tokens is None else chunk_tokens
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

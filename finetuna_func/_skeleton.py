@@ -15,7 +15,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +29,7 @@ from finetuna_func._blocks import mark_blocks
 from finetuna_func._body import mark_body_and_head
 from finetuna_func._filters import join_name
 from finetuna_func._hf import switch_off_warnings, weights_read_by_parent
-from finetuna_func._layers import LEAF_NAMES, Binding, Call, LayerType, float_weight, layer_type
+from finetuna_func._layers import LEAF_NAMES, Binding, Call, Context, LayerType, float_weight, layer_type
 from finetuna_func._quant import Scheme
 from finetuna_func._unpack import Packing
 
@@ -150,6 +150,7 @@ class Skeleton:
         self.blocks = mark_blocks(self._module, call)
         self.body, self.head = mark_body_and_head(self._module, call)
         self._module._ft_call = call  # type: ignore[assignment]
+        self._within: Context = nullcontext
         self._local = threading.local()
 
     def __repr__(self) -> str:
@@ -164,6 +165,12 @@ class Skeleton:
         for path in self._caching:
             module.get_submodule(path).config.use_cache = True  # type: ignore[union-attr]
         return module
+
+    def within(self, context: Context) -> Skeleton:
+        """Returns a skeleton like this whose calls, and their recomputations, run in a context."""
+        other = copy.copy(self)
+        other._within, other._local = context, threading.local()
+        return other
 
     def state_names(self) -> tuple[str, ...]:
         """Returns the names in the model's ``state_dict``: parameters and persistent buffers."""
@@ -180,9 +187,10 @@ class Skeleton:
         """
         module = self._checkout(masked, on_cpu)
         call: Call = module._ft_call  # type: ignore[assignment]
-        before = call.begin(**fields)
+        before = call.begin(within=self._within, **fields)
         try:
-            yield module, call
+            with self._within():
+                yield module, call
         finally:
             call.restore(before)
 

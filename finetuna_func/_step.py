@@ -1,0 +1,139 @@
+"""A whole training step as one pure function, and on a GPU as one CUDA graph.
+
+An eager step of a large model asks the host for thousands of kernels, and on a fast GPU the host is the slower of the
+two. A CUDA graph records them once and replays them at one request. What is recorded is the step's own code: the
+graph reads its inputs from buffers of its own, and its outputs are copied out of them, so that the step
+stays a pure function.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+from finetuna_func import optim
+from finetuna_func._transforms import stacked_value_and_grad, value_and_grad
+from finetuna_func._types import Finetuned
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[..., tuple[Finetuned, Any, Any]]
+
+
+def compile_step(
+    loss_fn: Callable[..., Any],
+    tx: optim.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    cuda_graph: bool | None = None,
+) -> Step:
+    """Returns ``step(tuned, state, *batch) -> (tuned, state, losses)``: gradients, optimizer and update in one.
+
+    For a single finetune the loss is a scalar, for a stack it is ``(N,)``, as for `value_and_grad` and
+    `stacked_value_and_grad`. The step is pure; ``state`` is ``tx.init(tuned)`` at first. On a GPU it is recorded as a
+    CUDA graph, once for each structure and shape of its inputs (pad batches to a few lengths), and holds the memory of
+    a step as long as it lives. To compile the model's blocks as well, let ``loss_fn`` call
+    `causal_lm_loss` or `apply_stacked` with ``compile="blocks"``.
+
+    Args:
+        loss_fn: ``loss_fn(tuned, *batch)``; no step of it may wait for the GPU (``.item()``, a branch on a value).
+        tx: An optimizer of ``ft.optim``.
+        has_aux: Whether ``loss_fn`` returns ``(loss, aux)``; the third result is then that pair.
+        cuda_graph: Whether to record; by default where every tensor is on one CUDA device.
+
+    Raises:
+        RuntimeError: ``loss_fn`` waits for the GPU; the message says what to do.
+
+    Example:
+        >>> base, tuned = new_finetuned(tiny_model())
+        >>> def loss_fn(stacked, ids):
+        ...     return apply_stacked(base, stacked, ids).square().mean(dim=(1, 2))
+        >>> tx = optim.adamw(1e-2)
+        >>> stacked = stack([tuned, tuned])
+        >>> step = compile_step(loss_fn, tx)
+        >>> stacked, state, losses = step(stacked, tx.init(stacked), torch.zeros(2, 3, dtype=torch.long))
+        >>> losses.shape
+        torch.Size([2])
+    """
+
+    def step(tuned: Finetuned, state: Any, *batch: Any) -> tuple[Finetuned, Any, Any]:
+        differentiate = value_and_grad if tuned.stack_size is None else stacked_value_and_grad
+        losses, grads = differentiate(loss_fn, has_aux=has_aux)(tuned, *batch)
+        updates, state = tx.update(grads, state, tuned)
+        return optim.apply_updates(tuned, updates), state, losses
+
+    recorded = _Recorded(step)
+
+    def compiled_step(tuned: Finetuned, state: Any, *batch: Any) -> tuple[Finetuned, Any, Any]:
+        if not isinstance(tuned, Finetuned):
+            raise TypeError(f"compile_step: the first argument is a {type(tuned).__name__}; expected a Finetuned.")
+        on_gpu = all(
+            leaf.is_cuda for leaf in torch_pytree.tree_leaves((tuned, state, batch)) if isinstance(leaf, Tensor)
+        )
+        if cuda_graph and not on_gpu:
+            raise ValueError("compile_step(cuda_graph=True): not all tensors are on a CUDA device; move them there.")
+        return (recorded if on_gpu and cuda_graph is not False else step)(tuned, state, *batch)
+
+    return compiled_step
+
+
+class _Recording(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    others: list[Any]
+    spec: Any
+
+
+class _Recorded:
+    """A pure function that is recorded as a CUDA graph for each structure and shape of its inputs."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        self._recordings: dict[Any, _Recording] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, spec = torch_pytree.tree_flatten(args)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        key = (spec, *((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+        recording = self._recordings.get(key)
+        if recording is None:
+            recording = self._recordings[key] = self._record(leaves, spec)
+        with torch.no_grad():
+            torch._foreach_copy_(recording.inputs, tensors)
+            recording.graph.replay()
+            found = [torch.empty_like(out) for out in recording.outputs]
+            torch._foreach_copy_(found, recording.outputs)
+        tensors_out = iter(found)
+        filled = [next(tensors_out) if other is None else other[0] for other in recording.others]
+        return torch_pytree.tree_unflatten(filled, recording.spec)
+
+    def _record(self, leaves: list[Any], spec: Any) -> _Recording:
+        own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        inputs = [leaf for leaf in own if isinstance(leaf, Tensor)]
+        args = torch_pytree.tree_unflatten(own, spec)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, tunes and fills caches, none of which can be recorded
+                self._function(*args)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                out = self._function(*args)
+        except Exception as error:
+            raise RuntimeError(
+                "compile_step: the step could not be recorded as a CUDA graph, most likely because loss_fn waits for "
+                "the GPU (.item(), a branch on a value, copying from the host). Take that out of loss_fn, "
+                f"or pass cuda_graph=False. The error was: {error}"
+            ) from error
+        out_leaves, out_spec = torch_pytree.tree_flatten(out)
+        outputs = [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
+        others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in out_leaves]
+        return _Recording(graph, inputs, outputs, others, out_spec)
