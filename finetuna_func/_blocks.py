@@ -92,6 +92,9 @@ def _as_function(cls: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call: Call = self._ft_call  # type: ignore[assignment]
+        if call.causal is not None:
+            args = tuple(None if value is call.causal else value for value in args)
+            kwargs = {name: None if value is call.causal else value for name, value in kwargs.items()}
         if not (call.remat or call.compile) or _has_state((args, kwargs)):
             return cls.forward(self, *args, **kwargs)
         return _run(self, call, args, kwargs)

@@ -7,12 +7,12 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.utils._pytree as torch_pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetuna_func import _random
 from finetuna_func._base import quantized_leaves
 from finetuna_func._filters import join_name, split_name
-from finetuna_func._hf import has_mask, with_additive_mask
+from finetuna_func._hf import causal_mask, has_mask, with_additive_mask
 from finetuna_func._layers import LEAF_NAMES, Call, inside_vmap
 from finetuna_func._types import Base, Finetuned, Params
 
@@ -114,6 +114,7 @@ def run(base: Base, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any
     with base.skeleton.calling(masked=masked, on_cpu=_on_cpu(base), **fields) as (module, call):
         if masked and inside_vmap():
             kwargs = with_additive_mask(module, kwargs, base.skeleton.dtype)
+        kwargs = _with_causal_mask(base, module, call, args, kwargs)
         out = torch.func.functional_call(module, dict(leaves), args, kwargs, tie_weights=False)
         return call.body_output if call.part == "body" else out
 
@@ -179,9 +180,17 @@ def _run_rows(
     args, kwargs = torch_pytree.tree_map(lambda leaf: _fold_input(leaf, spare), (args, kwargs))
     rows = stacked.stack_size * (shape.batch + spare)
     with base.skeleton.calling(stack=stacked.stack_size, rows=rows, inputs=shape.inputs, **fields) as (module, call):
+        kwargs = _with_causal_mask(base, module, call, args, kwargs)
         out = torch.func.functional_call(module, dict(leaves), args, kwargs, tie_weights=False)
         _check_plain_layers_ran(stacked, call)
         return call.body_output if call.part == "body" else out
+
+
+def _with_causal_mask(
+    base: Base, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    call.causal = causal_mask(module, args, kwargs) if base.skeleton.blocks else None
+    return kwargs if call.causal is None else {**kwargs, "attention_mask": call.causal}
 
 
 def check_blocks(function: str, base: Base, remat: Blocks, compile: Blocks) -> dict[str, bool]:

@@ -111,6 +111,58 @@ def _no_warning(*args: Any, **kwargs: Any) -> None:
     return None
 
 
+# Bodies whose blocks get the causal mask that the body makes, and nothing else reads it.
+_CAUSAL_BODIES = frozenset(
+    f"{_MODELS}.{family}.modeling_{family}.{name}"
+    for family, name in (
+        ("cohere", "CohereModel"),
+        ("gemma", "GemmaModel"),
+        ("glm", "GlmModel"),
+        ("glm4", "Glm4Model"),
+        ("granite", "GraniteModel"),
+        ("helium", "HeliumModel"),
+        ("llama", "LlamaModel"),
+        ("mistral", "MistralModel"),
+        ("mixtral", "MixtralModel"),
+        ("olmo", "OlmoModel"),
+        ("olmo2", "Olmo2Model"),
+        ("olmoe", "OlmoeModel"),
+        ("phi", "PhiModel"),
+        ("phi3", "Phi3Model"),
+        ("qwen2", "Qwen2Model"),
+        ("qwen2_moe", "Qwen2MoeModel"),
+        ("qwen3", "Qwen3Model"),
+        ("qwen3_moe", "Qwen3MoeModel"),
+        ("smollm3", "SmolLM3Model"),
+        ("stablelm", "StableLmModel"),
+        ("starcoder2", "Starcoder2Model"),
+    )
+)
+
+
+def causal_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Returns the mask ``(1, 1, T, T)`` of plain causal attention, if that is what the inputs ask for.
+
+    Without a mask among its inputs, a Hugging Face model asks whether a batch is packed, which waits for the GPU, and
+    where it cannot ask (in a CUDA graph, under the compiler) forms a mask that keeps attention from its fastest
+    kernels. Given this mask it asks nothing, and its blocks are then called without one, which means the same.
+    """
+    body = getattr(module, getattr(module, "base_model_prefix", ""), module)
+    kinds = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(body).__mro__[:3]]
+    config = getattr(module, "config", None)
+    if not _CAUSAL_BODIES.intersection(kinds) or getattr(config, "_attn_implementation", None) != "sdpa":
+        return None
+    if any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
+        return None
+    if any(value is not None for name, value in kwargs.items() if name not in ("input_ids", "use_cache")):
+        return None
+    ids = kwargs.get("input_ids", args[0] if len(args) == 1 else None)
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2 or kwargs.get("use_cache"):
+        return None
+    length = ids.shape[1]
+    return torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()[None, None]
+
+
 def has_mask(inputs: dict[str, Any]) -> bool:
     """Returns whether an attention mask is among the keyword inputs."""
     return any(name.endswith("attention_mask") and isinstance(mask, Tensor) for name, mask in inputs.items())

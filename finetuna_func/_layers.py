@@ -88,6 +88,7 @@ class Call:
     compile: bool = False  # whether blocks are compiled
     part: Part = "all"  # of a model with a head: the body without the head, or the head without the body
     body_output: Any = None  # what the body returned, or stands for what it returns
+    causal: Tensor | None = None  # a mask that blocks take for none: see `_hf.causal_mask`
     within: Context = nullcontext  # what the model's code runs in
     seen: set[str] = field(default_factory=set)  # layers whose forward ran
     draws: dict[str, int] = field(default_factory=dict)  # dropout masks drawn so far, by layer
@@ -108,6 +109,7 @@ class Call:
             self.compile,
             self.part,
             self.body_output,
+            self.causal,
             self.within,
             self.seen,
             self.draws,
@@ -122,6 +124,7 @@ class Call:
             self.compile,
             self.part,
             self.body_output,
+            self.causal,
             self.within,
             self.seen,
             self.draws,
@@ -130,7 +133,7 @@ class Call:
     def of_block(self, path: str, representative: str) -> CallState:
         """Returns the state in which a block runs through its representative: its draws so far under those paths."""
         draws = {representative + own[len(path) :]: n for own, n in self.draws.items() if _is_below(own, path)}
-        return self.stack, self.rows, self.inputs, False, False, "all", None, self.within, set(), draws
+        return self.stack, self.rows, self.inputs, False, False, "all", None, None, self.within, set(), draws
 
     def enter(self, state: CallState) -> CallState:
         """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""
