@@ -73,6 +73,7 @@ class LayerType:
 
 
 Part = Literal["all", "body", "head"]
+SharedProducts = dict[str, tuple[Tensor, Tensor]]
 Context = Callable[[], AbstractContextManager[Any]]
 CallState = tuple[int | None, int, frozenset[tuple[int, ...]], bool, bool, Part, Any, Context, set[str], dict[str, int]]
 
@@ -92,6 +93,7 @@ class Call:
     within: Context = nullcontext  # what the model's code runs in
     seen: set[str] = field(default_factory=set)  # layers whose forward ran
     draws: dict[str, int] = field(default_factory=dict)  # dropout masks drawn so far, by layer
+    shared: SharedProducts = field(default_factory=dict)  # input and product, for a sibling, by layer
 
     def begin(self, **fields: Any) -> CallState:
         """Starts a call with these fields and the others as they are by default; returns what `restore` takes."""
@@ -113,6 +115,7 @@ class Call:
             self.within,
             self.seen,
             self.draws,
+            self.shared,
         ) = state
 
     def _state(self) -> CallState:
@@ -128,17 +131,18 @@ class Call:
             self.within,
             self.seen,
             self.draws,
+            self.shared,
         )
 
     def of_block(self, path: str, representative: str) -> CallState:
         """Returns the state in which a block runs through its representative: its draws so far under those paths."""
         draws = {representative + own[len(path) :]: n for own, n in self.draws.items() if _is_below(own, path)}
-        return self.stack, self.rows, self.inputs, False, False, "all", None, None, self.within, set(), draws
+        return self.stack, self.rows, self.inputs, False, False, "all", None, None, self.within, set(), draws, {}
 
     def enter(self, state: CallState) -> CallState:
         """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""
         before = self._state()
-        self.restore((*state[:-2], set(state[-2]), dict(state[-1])))
+        self.restore((*state[:-3], set(), dict(state[-2]), {}))
         return before
 
     def after_block(self, path: str, representative: str, seen: set[str], draws: dict[str, int]) -> None:
@@ -187,6 +191,7 @@ class Binding:
     weight_ndim: int
     call: Call = field(default_factory=Call)
     own_ndims: Mapping[str, int] = field(default_factory=dict)
+    siblings: tuple[nn.Module, ...] = ()  # other layers that get the same input
 
 
 _REGISTRY: dict[type | str, LayerType] = {}
@@ -394,22 +399,71 @@ def _add_lora(layer: nn.Module, leaves: Leaves, x: Tensor, y: Tensor) -> Tensor:
     if "lora_a" not in leaves:
         return y
     call: Call = layer._ft.call  # type: ignore[union-attr, assignment]
-    if "dropout_key" in leaves and "lora_dropout" in leaves:
-        x = _dropout(layer, leaves, x, leaves["lora_dropout"])
-    x = x.to(y.dtype)  # the adapter computes in the layer's own dtype, whatever it is stored in
-    a, b = (factor.to(y.dtype) for factor in effective_factors(leaves))
+    b = effective_factors(leaves)[1].to(y.dtype)
     scale = leaves["lora_scale"].to(y.dtype)
-    if a.ndim == 2:
-        low = F.linear(x, a) * scale
+    low = _low_rank(layer, leaves, x, y.dtype)
+    if b.ndim == 2:
+        low = low * scale
         out = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), b.T).reshape(y.shape)
     else:
-        n = a.shape[0]
-        low = torch.bmm(x.reshape(n, -1, x.shape[-1]), a.mT) * scale.reshape(n, 1, 1)
-        out = torch.baddbmm(y.reshape(n, -1, y.shape[-1]), low, b.mT).reshape(y.shape)
+        n = b.shape[0]
+        low = low * scale.reshape(n, 1, 1)
+        wide = y.reshape(n, -1, y.shape[-1])
+        if torch.compiler.is_compiling():  # what comes next takes up the sum; baddbmm would copy y first
+            out = (wide + torch.bmm(low, b.mT)).reshape(y.shape)
+        else:
+            out = torch.baddbmm(wide, low, b.mT).reshape(y.shape)
     if "lora_bias" in leaves:
         bias = leaves["lora_bias"].to(y.dtype) * scale.unsqueeze(-1)
         out = out + _per_row(bias, out, call, 1)
     return out
+
+
+def _low_rank(layer: nn.Module, leaves: Leaves, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dropout(x) @ A.T``, ``(..., r)`` or ``(N, rows, r)``, in the dtype of the layer's own product.
+
+    Layers that read the same input (queries, keys and values) share one product with their A's on top of one another:
+    the first of them makes it, and leaves the others' parts in the call.
+    """
+    binding: Binding = layer._ft  # type: ignore[assignment]
+    call = binding.call
+    if "dropout_key" in leaves and "lora_dropout" in leaves:
+        dropped = _dropout(layer, leaves, x, leaves["lora_dropout"])
+        return _times_factors(dropped, [effective_factors(leaves)[0]], dtype)[0]
+    given = call.shared.pop(binding.path, None)
+    if given is not None and given[0] is x:
+        return given[1]
+    group = {binding.path: effective_factors(leaves)[0]}
+    if given is None:
+        for sibling in binding.siblings:
+            theirs = leaves_of(sibling)
+            if "lora_a" in theirs and "dropout_key" not in theirs and _stack_up(theirs["lora_a"], leaves["lora_a"]):
+                group[sibling._ft.path] = effective_factors(theirs)[0]  # type: ignore[union-attr]
+    own, *others = _times_factors(x, list(group.values()), dtype)
+    for path, part in zip(list(group)[1:], others, strict=True):
+        call.shared[path] = (x, part)
+    return own
+
+
+def _stack_up(a: Tensor, b: Tensor) -> bool:
+    return a.ndim == b.ndim and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-1]
+
+
+def _times_factors(x: Tensor, factors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """``x @ A.T`` for each A, computed in a given dtype, whatever they are stored in."""
+    x = x.to(dtype)
+    a = torch.cat([factor.to(dtype) for factor in factors], dim=-2) if len(factors) > 1 else factors[0].to(dtype)
+    low = F.linear(x, a) if a.ndim == 2 else torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]), a.mT)
+    return low.split([factor.shape[-2] for factor in factors], dim=-1) if len(factors) > 1 else (low,)
+
+
+def leaves_of(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors that a layer of the skeleton holds during a call."""
+    attributes = vars(module)
+    leaves: dict[str, Tensor] = {name: leaf for name, leaf in module._parameters.items() if leaf is not None}
+    leaves.update({name: attributes[name] for name in LEAF_NAMES if name in attributes})
+    leaves.update({name: leaf for name, leaf in module._buffers.items() if leaf is not None})
+    return leaves
 
 
 def effective_factors(leaves: Leaves) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from finetuna_func._blocks import mark_blocks
 from finetuna_func._body import mark_body_and_head
 from finetuna_func._filters import join_name
 from finetuna_func._hf import switch_off_warnings, weights_read_by_parent
-from finetuna_func._layers import LEAF_NAMES, Binding, Call, Context, LayerType, float_weight, layer_type
+from finetuna_func._layers import Binding, Call, Context, LayerType, float_weight, layer_type, leaves_of
 from finetuna_func._quant import Scheme
 from finetuna_func._unpack import Packing
 
@@ -141,6 +141,7 @@ class Skeleton:
                     if leaf is not None and not self._read_below(path, name)
                 }
                 module.__class__ = _stackable(type(module))
+        _introduce_siblings(self._module)
         self.layers: Mapping[str, Layer] = layers
         self.dtype = next((layer.dtype for layer in layers.values() if layer.shape is not None), torch.float32)
         self.dropouts = tuple(
@@ -267,15 +268,30 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     return skeleton.eval()
 
 
+def _introduce_siblings(skeleton: nn.Module) -> None:
+    """Tells layers which others get the same input, as far as their names say it; a call checks that it is so."""
+    for module in skeleton.modules():
+        children = dict(module.named_children())
+        for names in _SAME_INPUT:
+            group = [children[name] for name in names if isinstance(getattr(children.get(name), "_ft", None), Binding)]
+            for child in group:
+                child._ft.siblings = tuple(other for other in group if other is not child)  # type: ignore[union-attr]
+
+
+_SAME_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+
+
 @functools.cache
 def _reinterpreted(cls: type[nn.Module], kind: LayerType) -> type[nn.Module]:
     """A subclass whose forward is the registered pure function; attributes and isinstance stay."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        attributes = vars(self)
-        leaves: dict[str, Tensor] = {name: leaf for name, leaf in self._parameters.items() if leaf is not None}
-        leaves.update({name: attributes[name] for name in LEAF_NAMES if name in attributes})
-        leaves.update({name: leaf for name, leaf in self._buffers.items() if leaf is not None})
+        leaves = leaves_of(self)
         binding: Binding = self._ft  # type: ignore[assignment]
         binding.call.seen.add(binding.path)
         if binding.call.stack is not None:
