@@ -357,7 +357,7 @@ def _adapter_spec(layer: Layer, embedding_config: Any, linear_config: Any) -> Ad
             f"{argument}: rank r={config.r} is larger than layer {layer.path!r} of shape {layer.shape}; use r <= "
             f"{largest}, give this layer its own config, or train it directly with plain_layers."
         )
-    return AdapterSpec(layer.path, layer.type.adapter, config)
+    return AdapterSpec(layer.path, layer.type.adapter, config, layer.form)
 
 
 def _check_patterns(adapters: tuple[AdapterSpec, ...], embedding_config: Any, linear_config: Any) -> None:

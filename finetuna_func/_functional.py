@@ -12,7 +12,7 @@ from torch import Tensor
 from finetuna_func import _random
 from finetuna_func._base import quantized_leaves
 from finetuna_func._filters import join_name, split_name
-from finetuna_func._hf import has_mask, with_additive_mask
+from finetuna_func._hf import has_mask, with_mappable_mask
 from finetuna_func._layers import LEAF_NAMES, Call, inside_vmap
 from finetuna_func._types import Base, Finetuned, Params
 
@@ -113,7 +113,7 @@ def run(base: Base, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any
     masked = has_mask(kwargs)
     with base.skeleton.calling(masked=masked, on_cpu=_on_cpu(base), **fields) as (module, call):
         if masked and inside_vmap():
-            kwargs = with_additive_mask(module, kwargs, base.skeleton.dtype)
+            kwargs = with_mappable_mask(module, kwargs, base.skeleton.dtype)
         out = torch.func.functional_call(module, dict(leaves), args, kwargs, tie_weights=False)
         return call.body_output if call.part == "body" else out
 

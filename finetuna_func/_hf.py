@@ -116,12 +116,13 @@ def has_mask(inputs: dict[str, Any]) -> bool:
     return any(name.endswith("attention_mask") and isinstance(mask, Tensor) for name, mask in inputs.items())
 
 
-def with_additive_mask(module: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Returns the inputs with a bidirectional model's 2-D padding mask as a 4-D additive one.
+def with_mappable_mask(module: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the inputs with the 2-D padding mask in a form that transformers takes under ``vmap``.
 
-    Under ``vmap``, transformers' preparation of a bidirectional mask asks whether it is all ones, a
-    branch on a value that differs between samples. A 4-D mask it takes as it is. Causal masks do not
-    ask with eager attention, so a causal model's mask is left alone.
+    There, transformers' preparation of a mask may ask whether it is all ones, a branch on a value that
+    differs between samples. For attention in both directions it gets a 4-D additive mask, which it takes as
+    it is (one per type of layer where some attend within windows). Recurrent layers take the mask itself,
+    which then answers that it is not all ones. Causal attention does not ask, when it is eager.
 
     Args:
         module: The model (its skeleton).
@@ -129,20 +130,60 @@ def with_additive_mask(module: nn.Module, inputs: dict[str, Any], dtype: torch.d
         dtype: Of the model's activations.
 
     Raises:
-        NotImplementedError: A bidirectional model with windows of attention.
+        NotImplementedError: A bidirectional model with other kinds of attention beside windows.
     """
     mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or not _is_bidirectional(module):
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
         return inputs
-    config = getattr(module, "config", None)
-    if any(getattr(config, name, None) for name in ("sliding_window", "local_attention")):
+    if _makes(module, "create_recurrent_attention_mask"):
+        return {**inputs, "attention_mask": UnaskedMask(mask)}
+    if not _is_bidirectional(module):
+        return inputs
+    real = (mask != 0)[:, None, None, :]
+    masks: dict[str, Tensor] = {"full_attention": _additive(real, dtype)}
+    config: Any = getattr(module, "config", None)
+    layer_types = [getattr(getattr(child, "config", None), "layer_types", None) or () for child in module.modules()]
+    kinds = {kind for types in layer_types for kind in types} or set(masks)
+    if kinds == masks.keys():
+        return {**inputs, "attention_mask": masks["full_attention"]}
+    window = getattr(config, "sliding_window", None)
+    two_sided = getattr(config, "is_encoder_decoder", False)  # whose one mask serves two stacks of layers
+    if two_sided or window is None or kinds - {"full_attention", "sliding_attention"}:
         raise NotImplementedError(
-            f"{type(module).__name__} attends within windows in some layers, which a mask made outside of it cannot "
-            "say under torch.func.vmap; use ft.apply_stacked, or a loop over ft.apply."
+            f"{type(module).__name__} has layers of types {sorted(kinds)}, whose masks cannot be made outside of it "
+            "under torch.func.vmap; use ft.apply_stacked, or a loop over ft.apply."
         )
-    hidden = (mask == 0)[:, None, None, :]
-    additive = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(hidden, torch.finfo(dtype).min)
-    return {**inputs, "attention_mask": additive}
+    place = torch.arange(mask.shape[1], device=mask.device)
+    near = (place[:, None] - place).abs() <= window
+    masks["sliding_attention"] = _additive(real & near, dtype)
+    return {**inputs, "attention_mask": masks}
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+class UnaskedMask:
+    """A padding mask that takes itself to contain padding when it is compared; in all else the tensor."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mask, name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._mask[index]
+
+    def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
+        return torch.zeros((), dtype=torch.bool, device=self._mask.device)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _makes(module: nn.Module, mask_function: str) -> bool:
+    """Whether the model's own source file uses one of transformers' functions that make masks."""
+    return any(hasattr(sys.modules.get(cls.__module__), mask_function) for cls in type(module).__mro__)
 
 
 def _is_bidirectional(module: nn.Module) -> bool:
@@ -150,8 +191,7 @@ def _is_bidirectional(module: nn.Module) -> bool:
     config = getattr(module, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return True
-    of_the_family = [vars(sys.modules.get(cls.__module__, object)) for cls in type(module).__mro__]
-    makes_bidirectional = any("create_bidirectional_mask" in names for names in of_the_family)
+    makes_bidirectional = _makes(module, "create_bidirectional_mask")
     return makes_bidirectional and not any(
         getattr(child, "is_causal", False) is True or getattr(child, "is_decoder", False) is True
         for child in module.modules()

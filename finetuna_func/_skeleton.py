@@ -31,6 +31,7 @@ from finetuna_func._filters import join_name
 from finetuna_func._hf import switch_off_warnings, weights_read_by_parent
 from finetuna_func._layers import LEAF_NAMES, Binding, Call, LayerType, float_weight, layer_type
 from finetuna_func._quant import Scheme
+from finetuna_func._types import WeightForm
 from finetuna_func._unpack import Packing
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Layer:
         shape: ``(out, in)`` of its matrix; ``(rows, width)`` of a table; ``None`` without one.
         dtype: The float dtype it had.
         scheme: Its 8-bit format; ``None`` where the base holds it in float.
+        form: How the user's model holds the weight.
         groups: Of a convolution.
     """
 
@@ -54,6 +56,7 @@ class Layer:
     shape: tuple[int, int] | None
     dtype: torch.dtype
     scheme: Scheme | None
+    form: WeightForm = WeightForm()
     groups: int = 1
 
     @property
@@ -128,7 +131,8 @@ class Skeleton:
                 if weight is not None:
                     matrix = float_weight(kind, weight)
                     shape = (matrix.shape[0], matrix.shape[1])
-                layers[path] = Layer(path, kind, shape, dtype, scheme, int(getattr(module, "groups", 1)))
+                groups = int(getattr(module, "groups", 1))
+                layers[path] = Layer(path, kind, shape, dtype, scheme, _form(kind, module), groups)
                 ndim = 2 if weight is None else weight.ndim
                 ndims = {name: leaf.ndim for name, leaf in module._parameters.items() if leaf is not None}
                 module._ft = Binding(path, kind, scheme or default_scheme, dtype, ndim, call, ndims)  # type: ignore[assignment]
@@ -213,6 +217,15 @@ class Skeleton:
                 _use_eager_attention(module)
             setattr(self._local, variant, module)
         return module
+
+
+def _form(kind: LayerType, module: nn.Module) -> WeightForm:
+    """How the user's model holds a layer's weight."""
+    if not kind.convolution:
+        return getattr(module, "_ft_form", WeightForm())
+    kernel = tuple(module._parameters["weight"].shape[1:])  # type: ignore[union-attr]
+    plain = getattr(module, "padding_mode", "zeros") == "zeros" and set(getattr(module, "dilation", (1,))) == {1}
+    return WeightForm(kernel, beyond_peft="" if plain else "convolutions with dilation or a padding mode")
 
 
 def find_ties(model: nn.Module) -> dict[str, str]:
