@@ -349,8 +349,8 @@ def _resolved(layer: Layer, embedding_config: Any, linear_config: Any) -> tuple[
 def _adapter_spec(layer: Layer, embedding_config: Any, linear_config: Any) -> AdapterSpec:
     assert layer.type.adapter is not None and layer.shape is not None
     argument, config = _resolved(layer, embedding_config, linear_config)
-    if layer.type.convolution and (getattr(config, "dora", False) or getattr(config, "dropout", 0.0)):
-        raise ValueError(f"{argument}: an adapter on the convolution {layer.path!r} takes neither dora nor dropout.")
+    if layer.type.convolution and getattr(config, "dora", False):
+        raise ValueError(f"{argument}: an adapter on the convolution {layer.path!r} takes no dora.")
     largest = _smaller_side(layer)
     if config.r > largest:
         raise ValueError(

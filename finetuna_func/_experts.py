@@ -86,13 +86,14 @@ class UnpackedExperts(nn.Module):
         return out.to(hidden_states.dtype)
 
     def _expert(self, e: int, x: Tensor) -> Tensor:
-        return self._after(self.down_proj[e](self._gate(self, getattr(self, self._first)[e](x))))
-
-    def _after(self, x: Tensor) -> Tensor:
-        return self.post_expert_norm(x) if "post_expert_norm" in self._modules else x
+        first: Any = getattr(self, self._first)
+        second: Any = self.down_proj
+        norm = self._modules.get("post_expert_norm")
+        x = second[e](self._gate(self, first[e](x)))
+        return x if norm is None else norm(x)
 
     def _sees_all_tokens(self) -> bool:
-        binding: Binding | None = getattr(self.down_proj[0], "_ft", None)  # type: ignore[assignment]
+        binding: Binding | None = getattr(self.get_submodule("down_proj.0"), "_ft", None)  # type: ignore[assignment]
         stacked = binding is not None and binding.call.stack is not None
         return stacked or inside_vmap() or torch.compiler.is_compiling()
 
@@ -141,7 +142,7 @@ def _stack_transposed(matrices: list[Tensor]) -> Tensor:
 
 
 # Mixtral's layout; the forward is the same, word for word.
-LIKE_MIXTRAL = """
+_LIKE_MIXTRAL = """
     afmoe.Afmoe axk1.AXK1 axk2.AXK2 bailing_hybrid.BailingHybrid cohere2_moe.Cohere2Moe deepseek_ocr2.DeepseekOcr2Text
     deepseek_v2.DeepseekV2 deepseek_v3.DeepseekV3 deepseek_v32.DeepseekV32 diffusion_gemma.DiffusionGemmaText
     dots1.Dots1 dots3_note.Dots3Note ernie4_5_moe.Ernie4_5_Moe ernie4_5_vl_moe.Ernie4_5_VLMoeMoe exaone_moe.ExaoneMoe
@@ -154,9 +155,9 @@ LIKE_MIXTRAL = """
     qwen3_5_moe.Qwen3_5Moe qwen3_moe.Qwen3Moe qwen3_next.Qwen3Next qwen3_omni_moe.Qwen3OmniMoeTalkerText
     qwen3_omni_moe.Qwen3OmniMoeThinkerText qwen3_vl_moe.Qwen3VLMoeText qwen4_exp.Qwen4ExpText solar_open.SolarOpen
     unlimited_ocr.UnlimitedOcrText zaya.Zaya
-""".split()
+"""
 # Those with a gate, a layout or a norm of their own.
-OTHERS = {
+_OTHERS = {
     "aria.Aria": ExpertsLayout(transposed=True),
     "beam.Beam": ExpertsLayout(),
     "deepseek_v4.DeepseekV4": ExpertsLayout(),
@@ -170,7 +171,7 @@ OTHERS = {
     "nemotron_h.NemotronH": ExpertsLayout(first="up_proj"),
     "step3p7.Step3p7": ExpertsLayout(),
 }
-LAYOUTS: dict[str, ExpertsLayout] = dict.fromkeys(LIKE_MIXTRAL, ExpertsLayout()) | OTHERS
+LAYOUTS: dict[str, ExpertsLayout] = dict.fromkeys(_LIKE_MIXTRAL.split(), ExpertsLayout()) | _OTHERS
 for _name, _layout in LAYOUTS.items():
     _family, _, _stem = _name.partition(".")
     register_unpacker(

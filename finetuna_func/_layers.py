@@ -303,17 +303,21 @@ def embedding(layer: nn.Module, leaves: Leaves, ids: Tensor) -> Tensor:
 def convolution(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     """``nn.Conv1d`` and ``nn.Conv2d``, plus LoRA: A is a convolution to r channels, B one of kernel size 1."""
     binding: Binding = layer._ft  # type: ignore[assignment]
-    if "dropout_key" in leaves:
-        raise NotImplementedError(f"{binding.path!r}: adapters on convolutions have no dropout; use dropout=0.0.")
+    x = _to_rows(layer, leaves, x)
+    dropped = x
+    if "dropout_key" in leaves and "lora_dropout" in leaves:
+        dropped = _dropout(layer, leaves, x, leaves["lora_dropout"])
     dims = {name: 0 for name, leaf in leaves.items() if _is_stacked(binding, name, leaf)}
     if binding.call.stack is None or not dims:
-        return _convolve(layer, leaves, x)
-    x = _unfold(_to_rows(layer, leaves, x), binding.call)
+        return _convolve(layer, leaves, x, dropped)
+    x, dropped = _unfold(x, binding.call), _unfold(dropped, binding.call)
+    leaves = {name: leaf for name, leaf in leaves.items() if name != "dropout_key"}
     in_dims = {name: 0 if name in dims or name.startswith("lora_") else None for name in leaves}
-    return _fold(torch.func.vmap(lambda own, x: _convolve(layer, own, x), in_dims=(in_dims, 0))(dict(leaves), x))
+    per_finetune = torch.func.vmap(lambda own, *xs: _convolve(layer, own, *xs), in_dims=(in_dims, 0, 0))
+    return _fold(per_finetune(leaves, x, dropped))
 
 
-def _convolve(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
+def _convolve(layer: nn.Module, leaves: Leaves, x: Tensor, dropped: Tensor) -> Tensor:
     binding: Binding = layer._ft  # type: ignore[assignment]
     x = x.to(compute_dtype(x))
     weight, bias = leaves["weight"].to(x.dtype), leaves.get("bias")
@@ -321,7 +325,7 @@ def _convolve(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     if "lora_a" not in leaves:
         return y
     a, b = (factor.to(x.dtype) for factor in effective_factors(leaves))
-    low = layer._conv_forward(x, a.unflatten(1, weight.shape[1:]), None)  # type: ignore[operator]
+    low = layer._conv_forward(dropped.to(x.dtype), a.unflatten(1, weight.shape[1:]), None)  # type: ignore[operator]
     channels = 1 - binding.weight_ndim
     update = torch.matmul(low.movedim(channels, -1), b.mT)
     if "lora_bias" in leaves:

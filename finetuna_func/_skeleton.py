@@ -31,7 +31,7 @@ from finetuna_func._filters import join_name
 from finetuna_func._hf import switch_off_warnings, weights_read_by_parent
 from finetuna_func._layers import LEAF_NAMES, Binding, Call, LayerType, float_weight, layer_type
 from finetuna_func._quant import Scheme
-from finetuna_func._types import WeightForm
+from finetuna_func._types import MATRIX, WeightForm
 from finetuna_func._unpack import Packing
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Layer:
     shape: tuple[int, int] | None
     dtype: torch.dtype
     scheme: Scheme | None
-    form: WeightForm = WeightForm()
+    form: WeightForm = MATRIX
     groups: int = 1
 
     @property
@@ -222,7 +222,7 @@ class Skeleton:
 def _form(kind: LayerType, module: nn.Module) -> WeightForm:
     """How the user's model holds a layer's weight."""
     if not kind.convolution:
-        return getattr(module, "_ft_form", WeightForm())
+        return getattr(module, "_ft_form", MATRIX)
     kernel = tuple(module._parameters["weight"].shape[1:])  # type: ignore[union-attr]
     plain = getattr(module, "padding_mode", "zeros") == "zeros" and set(getattr(module, "dilation", (1,))) == {1}
     return WeightForm(kernel, beyond_peft="" if plain else "convolutions with dilation or a padding mode")

@@ -189,6 +189,10 @@ class WeightForm:
     beyond_peft: str = ""
 
 
+MATRIX = WeightForm()
+"""An ordinary weight."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """Which layer an adapter sits on, how it was configured (patterns resolved), and what form the weight has."""
@@ -196,7 +200,7 @@ class AdapterSpec:
     path: str
     kind: AdapterKind
     config: AdapterConfig
-    form: WeightForm = WeightForm()
+    form: WeightForm = MATRIX
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,9 +63,10 @@ CHECKS: dict[str, tuple[str, str]] = {
 
 NOTES = (
     "Equal means: in float32, the largest difference is at most 1e-5 of the largest number (T5: 2e-5, since it does",
-    "not scale attention scores; Qwen3-Next: 5e-5, since it normalises the keys of padding, which are zeros); for gradients twice that, leaf by leaf, where no leaf counts as smaller than 1/100",
-    "of the largest. In bfloat16 the root mean square error is at most twice that of the bfloat16 model, plus 2**-7;",
-    "with experts that of the median token, since a rounding may send a token to others.",
+    "not scale attention scores; Qwen3-Next: 5e-5, since it normalises the keys of padding, which are zeros); for",
+    "gradients twice that, leaf by leaf, where no leaf counts as smaller than 1/100 of the largest. In bfloat16 the",
+    "root mean square error is at most twice that of the bfloat16 model, plus 2**-7; with experts that of the median",
+    "token, since a rounding may send a token to others.",
     "Every comparison also tells another finetune, the base or the unmasked output apart: it is at least 20 times",
     "as far away (4 times in bfloat16).",
     "",
