@@ -321,8 +321,9 @@ def read_checkpoint(config_file: Path, tensors: Mapping[str, Tensor], base: Base
             alphas=dict(config.get("alpha_pattern") or {}),
             parameters=tuple(config.get("target_parameters") or ()),
         )
+        settings.check()
         unknown = _settings_not_read(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, re.error, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"load: {config_file} is not PEFT's description of a LoRA adapter: {error!r}") from error
     if unknown:
         raise ValueError(f"load: {config_file} has {unknown}, which compute something else than LoRA does here.")
@@ -368,6 +369,15 @@ class _Settings:
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     parameters: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raises for numbers and patterns that are none."""
+        for r in (self.r, *self.ranks.values()):
+            LinearAdapterConfig(r, self.alpha, self.dropout)
+        for alpha in self.alphas.values():
+            LinearAdapterConfig(self.r, alpha)
+        for key in (*self.ranks, *self.alphas):
+            re.compile(rf"(.*\.)?({key})$")
 
     def of(self, name: str) -> tuple[int, float]:
         """Rank and alpha of a layer or parameter, by PEFT's rule: the first pattern that matches its tail."""
