@@ -7,13 +7,14 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.utils._pytree as torch_pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetuna_func import _random
 from finetuna_func._base import quantized_leaves
 from finetuna_func._filters import join_name, split_name
 from finetuna_func._hf import has_mask, with_mappable_mask
 from finetuna_func._layers import LEAF_NAMES, Call, inside_vmap
+from finetuna_func._reads import ReadWatch
 from finetuna_func._types import Base, Finetuned, Params
 
 Blocks: TypeAlias = Literal["blocks"] | None
@@ -114,7 +115,7 @@ def run(base: Base, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any
     with base.skeleton.calling(masked=masked, on_cpu=_on_cpu(base), **fields) as (module, call):
         if masked and inside_vmap():
             kwargs = with_mappable_mask(module, kwargs, base.skeleton.dtype)
-        out = torch.func.functional_call(module, dict(leaves), args, kwargs, tie_weights=False)
+        out = _call(base, module, call, dict(leaves), args, kwargs)
         return call.body_output if call.part == "body" else out
 
 
@@ -179,9 +180,60 @@ def _run_rows(
     args, kwargs = torch_pytree.tree_map(lambda leaf: _fold_input(leaf, spare), (args, kwargs))
     rows = stacked.stack_size * (shape.batch + spare)
     with base.skeleton.calling(stack=stacked.stack_size, rows=rows, inputs=shape.inputs, **fields) as (module, call):
-        out = torch.func.functional_call(module, dict(leaves), args, kwargs, tie_weights=False)
+        out = _call(base, module, call, dict(leaves), args, kwargs)
         _check_plain_layers_ran(stacked, call)
         return call.body_output if call.part == "body" else out
+
+
+def _call(
+    base: Base,
+    module: nn.Module,
+    call: Call,
+    leaves: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Returns what the skeleton's module returns on these tensors, and raises if it passes an adapter by."""
+
+    def compute() -> Any:
+        return torch.func.functional_call(module, leaves, args, kwargs, tie_weights=False)
+
+    if torch.compiler.is_compiling():
+        return compute()
+    given = frozenset(name for name, value in kwargs.items() if value is not None)
+    kind = (call.stack is not None, call.part, len(args), given)
+    if kind in base.skeleton.reads:
+        _check_reads(call, leaves, base.skeleton.reads[kind])
+        return compute()
+    if not (call.remat or call.compile):
+        with ReadWatch(leaves, base.skeleton.layers, call) as watch:
+            out = compute()
+        base.skeleton.reads[kind] = frozenset(watch.found)
+        _check_reads(call, leaves, base.skeleton.reads[kind])
+        return out
+    # A watch does not see into blocks that are compiled or computed again, so the first such call runs twice.
+    before = call.without_blocks()
+    try:
+        with torch.no_grad(), ReadWatch(leaves, base.skeleton.layers, call) as watch:
+            compute()
+    finally:
+        call.restore(before)
+    base.skeleton.reads[kind] = frozenset(watch.found)
+    return _call(base, module, call, leaves, args, kwargs)
+
+
+def _check_reads(call: Call, leaves: Params, reads: frozenset[str]) -> None:
+    wrong = [
+        path
+        for path in sorted(reads)
+        if join_name(path, "lora_a") in leaves or not leaves[join_name(path, "weight")].is_floating_point()
+    ]
+    if wrong:
+        raise NotImplementedError(
+            f"{'apply' if call.stack is None else 'apply_stacked'}: the model computes with the weight of {wrong[:5]} "
+            "itself instead of calling the layer, which passes by its 8 bits and its adapter. Keep it in float "
+            "(quantize_base_model(modules_not_to_quantize=...)) and out of adapt_layers; plain_layers can train it."
+        )
 
 
 def check_blocks(function: str, base: Base, remat: Blocks, compile: Blocks) -> dict[str, bool]:

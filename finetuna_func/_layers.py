@@ -88,6 +88,7 @@ class Call:
     body_output: Any = None  # what the body returned, or stands for what it returns
     seen: set[str] = field(default_factory=set)  # layers whose forward ran
     draws: dict[str, int] = field(default_factory=dict)  # dropout masks drawn so far, by layer
+    running: list[str] | None = None  # layers whose forward runs now, the innermost last, if anybody asks
 
     def begin(self, **fields: Any) -> CallState:
         """Starts a call with these fields and the others as they are by default; returns what `restore` takes."""
@@ -131,6 +132,12 @@ class Call:
         """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""
         before = self._state()
         self.restore((*state[:-2], set(state[-2]), dict(state[-1])))
+        return before
+
+    def without_blocks(self) -> CallState:
+        """Starts the same call anew, with blocks that run like other modules; returns what `restore` takes."""
+        before = self._state()
+        self.restore((self.stack, self.rows, self.inputs, False, False, self.part, self.body_output, set(), {}))
         return before
 
     def after_block(self, path: str, representative: str, seen: set[str], draws: dict[str, int]) -> None:

@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -89,6 +89,7 @@ class Skeleton:
         dropouts: Paths of ``nn.Dropout`` layers with a positive rate.
         default_scheme: The 8-bit format for layers quantized later.
         packings: How the user's packed parameters are put together again.
+        reads: Layers whose weight the model computes with itself, by kind of call; noted at the first.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class Skeleton:
         self.body, self.head = mark_body_and_head(self._module, call)
         self._module._ft_call = call  # type: ignore[assignment]
         self._local = threading.local()
+        self.reads: dict[Hashable, frozenset[str]] = {}
 
     def __repr__(self) -> str:
         return f"Skeleton({self.name}, {len(self.layers)} layers)"
@@ -290,7 +292,14 @@ def _reinterpreted(cls: type[nn.Module], kind: LayerType) -> type[nn.Module]:
                         f"apply_stacked: {binding.path!r} trains its parameter {name!r}, and its registered forward "
                         "knows a stack of weight and bias only. Use torch.func.vmap over ft.apply."
                     )
-        return kind.forward(self, leaves, *args, **kwargs)
+        running = binding.call.running
+        if running is None:
+            return kind.forward(self, leaves, *args, **kwargs)
+        running.append(binding.path)
+        try:
+            return kind.forward(self, leaves, *args, **kwargs)
+        finally:
+            running.pop()
 
     if kind.extends is not None:
         # The class's own forward runs, and its super().forward is the reinterpreted one, by method order.
