@@ -16,7 +16,7 @@ from finetuna_func import optim
 from finetuna_func._adapters import new_finetuned
 from finetuna_func._base import quantize_base_model
 from finetuna_func._functional import apply, apply_stacked
-from finetuna_func._layers import register_layer, register_subclass
+from finetuna_func._layers import embedding, linear, register_layer, register_subclass
 from finetuna_func._losses import causal_lm_loss
 from finetuna_func._remat import remat
 from finetuna_func._state import load_state_dict, merge, state_dict, to_module
@@ -40,7 +40,9 @@ __all__ = [
     "apply_stacked",
     "causal_lm_loss",
     "combine",
+    "embedding",
     "index",
+    "linear",
     "load",
     "load_state_dict",
     "merge",

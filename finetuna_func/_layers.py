@@ -264,7 +264,27 @@ def layer_type(module: nn.Module) -> LayerType | None:
 
 @register_layer(nn.Linear, adapter="linear")
 def linear(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
-    """``nn.Linear`` on an 8-bit or float weight, plus LoRA; the building block for layers like it."""
+    """Returns what ``nn.Linear`` would, ``(..., out)``, on an 8-bit or float weight, plus the adapter.
+
+    The building block for `register_layer`: it knows all formats, LoRA, DoRA, dropout and stacks.
+
+    Args:
+        layer: The layer, as the registered function got it.
+        leaves: Its tensors, likewise: ``weight``, perhaps ``bias``, and what belongs to the adapter.
+        x: ``(..., in)``, floating point.
+
+    Example:
+        >>> class Halved(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x) / 2
+        >>> @register_layer(Halved, adapter="linear")
+        ... def halved(layer, leaves, x):
+        ...     return linear(layer, leaves, x) / 2
+        >>> model = nn.Sequential(Halved(8, 4))
+        >>> base, tuned = new_finetuned(model)
+        >>> base.params["0.weight"].dtype, apply(base, tuned, torch.ones(3, 8)).shape
+        (torch.int8, torch.Size([3, 4]))
+    """
     x = _to_rows(layer, leaves, x)
     if "lora_magnitude" in leaves:
         return _dora(layer, leaves, x)
@@ -279,7 +299,15 @@ def conv1d(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
 
 @register_layer(nn.Embedding, adapter="embedding")
 def embedding(layer: nn.Module, leaves: Leaves, ids: Tensor) -> Tensor:
-    """``nn.Embedding`` on an 8-bit or float table, plus LoRA."""
+    """Returns what ``nn.Embedding`` would, ``(..., width)``, on an 8-bit or float table, plus LoRA.
+
+    Like `linear`, a building block for `register_layer`.
+
+    Args:
+        layer: The layer, as the registered function got it.
+        leaves: Its tensors, likewise.
+        ids: ``(...)``, integers.
+    """
     ids = _to_rows(layer, leaves, ids)
     binding: Binding = layer._ft  # type: ignore[assignment]
     weight = leaves["weight"]
