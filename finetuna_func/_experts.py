@@ -126,7 +126,9 @@ def _activated(experts: Any, x: Tensor) -> Tensor:
     return experts.act_fn(x)
 
 
-def _unpack(experts: nn.Module, layout: ExpertsLayout) -> Unpacked:
+def _unpack(experts: nn.Module, layout: ExpertsLayout) -> Unpacked | None:
+    if not {layout.first, "down_proj"} <= experts._parameters.keys():
+        return None  # of another version of transformers
     stand_in = (UnpackedSortedExperts if layout.sorted else UnpackedExperts)(experts, layout)
     join = _stack_transposed if layout.transposed else torch.stack
     packings: dict[str, Packing] = {}

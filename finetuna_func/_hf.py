@@ -5,6 +5,7 @@ Classes are named, not imported, so that transformers is loaded only by those wh
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -98,6 +99,106 @@ def weights_read_by_parent(model: nn.Module) -> set[str]:
         for path, module in model.named_modules()
         for child in _READING_PARENTS.get(f"{type(module).__module__}.{type(module).__qualname__}", ())
     }
+
+
+# Attention within windows of an image, which are folded into the rows: row by row, window by window.
+_WINDOWED = {
+    f"{_MODELS}.{family}.modeling_{family}.{stem}Attention"
+    for family, stem in (
+        ("clap", "ClapAudio"),
+        ("donut", "DonutSwin"),
+        ("maskformer", "MaskFormerSwin"),
+        ("swin", "Swin"),
+        ("swin2sr", "Swin2SR"),
+        ("swinv2", "Swinv2"),
+    )
+}
+
+
+def layers_with_folded_rows(model: nn.Module) -> set[str]:
+    """Returns the paths of modules whose inputs have windows folded into their rows."""
+    return {
+        f"{path}.{below}" if below else path
+        for path, module in model.named_modules()
+        if f"{type(module).__module__}.{type(module).__qualname__}" in _WINDOWED
+        for below, _ in module.named_modules()
+    }
+
+
+_BIASED = {
+    f"{_MODELS}.{family}.modeling_{family}.{stem}Attention"
+    for family, stem in (
+        ("mt5", "MT5"),
+        ("pop2piano", "Pop2Piano"),
+        ("switch_transformers", "SwitchTransformers"),
+        ("t5", "T5"),
+        ("umt5", "UMT5"),
+    )
+}
+
+
+def has_shared_bias(module: nn.Module) -> bool:
+    """Whether a module adds a bias by relative position to its scores, one for all rows."""
+    cls, table = type(module), getattr(module, "relative_attention_bias", None)
+    return f"{cls.__module__}.{cls.__qualname__}" in _BIASED and type(table) is nn.Embedding
+
+
+@functools.cache
+def with_bias_per_row(cls: type[nn.Module]) -> type[nn.Module]:
+    """Returns a subclass whose bias by position has a row for each of a stacked call, ``(rows, heads, q, k)``.
+
+    In T5 the bias comes from a table, which an adapter makes another one for each finetune.
+    """
+
+    def compute_bias(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        table = self.relative_attention_bias
+        if table._ft.call.stack is None:
+            return cls.compute_bias(self, *args, **kwargs)  # type: ignore[attr-defined]
+        asked = _Asked(self)
+        cls.compute_bias(asked, *args, **kwargs)  # type: ignore[attr-defined]
+        values = table(asked.places.flatten())  # (rows, q * k, heads), if it has parameters per finetune
+        bias = values.unflatten(-2, asked.places.shape).movedim(-1, -3)
+        return bias if bias.ndim == 4 else bias.unsqueeze(0)
+
+    return type(cls.__name__, (cls,), {"compute_bias": compute_bias, "__module__": cls.__module__})
+
+
+class _Asked:
+    """A stand-in for an attention module that notes which places of its table are looked up."""
+
+    def __init__(self, attention: Any) -> None:
+        self._attention = attention
+        self.places = torch.empty(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+    def relative_attention_bias(self, places: Tensor) -> Tensor:
+        self.places = places
+        return torch.zeros(*places.shape, 1, device=places.device)
+
+
+def leave_weights_alone(skeleton: nn.Module) -> None:
+    """Switches off RWKV's division of its own weights, in place, at the first call in eval mode.
+
+    It guards against overflow in 16 bits and cancels out. Of a model that has run before, the weights are divided
+    already, and then it stays on.
+    """
+    for module in skeleton.modules():
+        if getattr(module, "layers_are_rescaled", True) is False:
+            module.config.rescale_every = 0  # type: ignore[union-attr]
+
+
+def cap_scores(skeleton: nn.Module) -> None:
+    """Chooses eager attention for models that cap their scores, which torch's fused kernel does not.
+
+    Older transformers called the kernel all the same, without the cap.
+    """
+    for module in skeleton.modules():
+        config = getattr(module, "config", None)
+        fused = getattr(config, "_attn_implementation", None) == "sdpa"
+        if fused and getattr(config, "attn_logit_softcapping", None) is not None:
+            config._attn_implementation = "eager"  # type: ignore[union-attr]
 
 
 def switch_off_warnings(skeleton: nn.Module) -> None:

@@ -145,10 +145,16 @@ class Call:
         self.seen |= {path + own[len(representative) :] for own in seen}
         self.draws.update({path + own[len(representative) :]: count for own, count in draws.items()})
 
-    def divided(self, path: str, x: Tensor) -> Tensor:
+    def divided(self, path: str, x: Tensor, *, folded: bool = False, listed: bool = False) -> Tensor:
         """Returns an input of a layer with parameters per finetune, with a leading axis that divides by rows.
 
         An input that all rows share, with a leading axis of 1 (positions, say), gets a row each.
+
+        Args:
+            path: The layer.
+            x: Its input.
+            folded: Whether the model is known to fold another axis into the rows, as windows of an image.
+            listed: Whether an input of one axis is a list that all rows share, such as positions ``(T,)``.
 
         Raises:
             ValueError: The leading axis is something else.
@@ -157,8 +163,10 @@ class Call:
         flattened = {self.rows * shape[0] for shape in self.inputs if shape and shape[0] > 1}
         # One number per row can only come from an input of one number per row; otherwise it is a list of positions.
         per_row = x.shape[0] == self.rows and (x.ndim > 1 or () in self.inputs)
-        if per_row or x.shape[0] in flattened:
+        if per_row or x.shape[0] in flattened or (folded and x.shape[0] % self.rows == 0):
             return x
+        if listed and x.ndim == 1:
+            return x.expand(self.rows, *x.shape)
         if x.ndim > 1 and x.shape[0] == 1 and self.rows not in x.shape[1:]:
             return x.expand(self.rows, *x.shape[1:])
         raise ValueError(
@@ -186,6 +194,7 @@ class Binding:
     weight_ndim: int
     call: Call = field(default_factory=Call)
     own_ndims: Mapping[str, int] = field(default_factory=dict)
+    folded: bool = False  # whether its inputs have further axes folded into the rows
 
 
 _REGISTRY: dict[type | str, LayerType] = {}
@@ -517,7 +526,7 @@ def _to_rows(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     call.seen.add(binding.path)
     if call.stack is None or not any(_is_stacked(binding, name, leaf) for name, leaf in leaves.items()):
         return x
-    return call.divided(binding.path, x)
+    return call.divided(binding.path, x, folded=binding.folded, listed=binding.type.adapter == "embedding")
 
 
 _UNSTACKED_NDIM = {"bias": 1, "lora_a": 2, "lora_b": 2, "lora_bias": 1, "lora_magnitude": 1}

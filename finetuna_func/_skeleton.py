@@ -28,7 +28,15 @@ from torch._C._functorch import TransformType, get_interpreter_stack  # type: ig
 from finetuna_func._blocks import mark_blocks
 from finetuna_func._body import mark_body_and_head
 from finetuna_func._filters import join_name
-from finetuna_func._hf import switch_off_warnings, weights_read_by_parent
+from finetuna_func._hf import (
+    cap_scores,
+    has_shared_bias,
+    layers_with_folded_rows,
+    leave_weights_alone,
+    switch_off_warnings,
+    weights_read_by_parent,
+    with_bias_per_row,
+)
 from finetuna_func._layers import LEAF_NAMES, Binding, Call, LayerType, float_weight, layer_type
 from finetuna_func._quant import Scheme
 from finetuna_func._types import MATRIX, WeightForm
@@ -120,6 +128,7 @@ class Skeleton:
         }
         self.same_module: Mapping[str, str] = _second_paths(self._module)
         read_by_parent = weights_read_by_parent(model)
+        folded = layers_with_folded_rows(model)
         layers: dict[str, Layer] = {}
         call = Call()
         for path, module in list(self._module.named_modules()):
@@ -136,8 +145,12 @@ class Skeleton:
                 layers[path] = Layer(path, kind, shape, dtype, scheme, _form(kind, module), groups)
                 ndim = 2 if weight is None else weight.ndim
                 ndims = {name: leaf.ndim for name, leaf in module._parameters.items() if leaf is not None}
-                module._ft = Binding(path, kind, scheme or default_scheme, dtype, ndim, call, ndims)  # type: ignore[assignment]
+                module._ft = Binding(  # type: ignore[assignment]
+                    path, kind, scheme or default_scheme, dtype, ndim, call, ndims, path in folded
+                )
                 module.__class__ = _reinterpreted(type(module), kind)
+            elif has_shared_bias(module):
+                module.__class__ = with_bias_per_row(type(module))
             elif path in self.owners:
                 module._ft_call, module._ft_path = call, path  # type: ignore[assignment]
                 module._ft_ndims = {  # type: ignore[assignment]
@@ -271,6 +284,8 @@ def _meta_copy(model: nn.Module) -> nn.Module:
                 vars(module).pop(name, None)
     _switch_off_fast_paths(skeleton)
     switch_off_warnings(skeleton)
+    leave_weights_alone(skeleton)
+    cap_scores(skeleton)
     return skeleton.eval()
 
 

@@ -59,7 +59,10 @@ def made(name: str) -> Any:
 def present(name: str) -> bool:
     family, _, stem = name.partition(".")
     source = Path(transformers.__file__).parent / "models" / family / f"modeling_{family}.py"
-    return source.is_file() and f"class {stem}Experts(" in source.read_text("utf-8")
+    if not source.is_file():
+        return False
+    _, found, text = source.read_text("utf-8").partition(f"class {stem}Experts(")
+    return bool(found) and "self.down_proj = nn.Parameter(" in text.partition("\nclass ")[0]
 
 
 def routed() -> tuple[Tensor, Tensor, Tensor]:
