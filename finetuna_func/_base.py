@@ -76,7 +76,7 @@ def quantize_base_model(
         logger.warning("%s stays in float and takes no adapter: the module above it computes with its weight.", path)
     for path, names in experts_left_whole(model):
         logger.warning(
-            "%s is a %s, whose experts are not taken apart: %s stay in float and take no adapter.",
+            "%s is a %s, which holds matrices in one parameter and is not taken apart; %s stay in float.",
             path,
             type(model.get_submodule(path)).__name__,
             ", ".join(names),

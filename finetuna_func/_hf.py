@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from typing import Any
 
 import torch
@@ -178,6 +179,57 @@ class _Asked:
         return torch.zeros(*places.shape, 1, device=places.device)
 
 
+class _BoundedRoot(torch.autograd.Function):
+    """RecurrentGemma's square root, whose derivative is at most 1000; its own predates torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0] / (4.0 * x).clip(min=1e-6).sqrt()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangents[0] / (4.0 * x).clip(min=1e-6).sqrt()
+
+
+def has_unmapped_root(module: nn.Module) -> bool:
+    """Whether a module is RecurrentGemma's recurrence."""
+    cls = type(module)
+    name = f"{_MODELS}.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRglru"
+    return f"{cls.__module__}.{cls.__qualname__}" == name
+
+
+@functools.cache
+def with_mapped_root(cls: type[nn.Module]) -> type[nn.Module]:
+    """Returns a subclass with the same forward, word for word, in which that square root is ours."""
+    own: Any = cls.forward
+    names = {**own.__globals__, "SqrtBoundDerivative": _BoundedRoot}
+    compute = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._ft_call.pure:
+            return compute(self, *args, **kwargs)
+        self.recurrent_states = None  # it keeps its last state, which a pure call neither takes nor leaves
+        try:
+            return compute(self, *args, **kwargs)
+        finally:
+            self.recurrent_states = None
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
 def leave_weights_alone(skeleton: nn.Module) -> None:
     """Switches off RWKV's division of its own weights, in place, at the first call in eval mode.
 
@@ -238,7 +290,7 @@ def with_mappable_mask(module: nn.Module, inputs: dict[str, Any], dtype: torch.d
         return inputs
     if _makes(module, "create_recurrent_attention_mask"):
         return {**inputs, "attention_mask": UnaskedMask(mask)}
-    if not _is_bidirectional(module):
+    if not _is_bidirectional(module) or _makes(module, "LongformerModel"):  # which makes a 2-D mask of it again
         return inputs
     real = (mask != 0)[:, None, None, :]
     masks: dict[str, Tensor] = {"full_attention": _additive(real, dtype)}

@@ -72,7 +72,7 @@ class LayerType:
 
 
 Part = Literal["all", "body", "head"]
-CallState = tuple[int | None, int, frozenset[tuple[int, ...]], bool, bool, Part, Any, set[str], dict[str, int]]
+CallState = tuple[int | None, int, frozenset[tuple[int, ...]], bool, bool, bool, Part, Any, set[str], dict[str, int]]
 
 
 @dataclass
@@ -82,6 +82,7 @@ class Call:
     stack: int | None = None
     rows: int = 0  # N * B, the leading axis of every activation of a stacked call
     inputs: frozenset[tuple[int, ...]] = frozenset()  # shapes of the inputs without (N, B), such as (T,)
+    pure: bool = True  # whether a call runs at all, and not a module that `to_module` gave away
     remat: bool = False  # whether blocks are computed again in the backward pass
     compile: bool = False  # whether blocks are compiled
     part: Part = "all"  # of a model with a head: the body without the head, or the head without the body
@@ -102,6 +103,7 @@ class Call:
             self.stack,
             self.rows,
             self.inputs,
+            self.pure,
             self.remat,
             self.compile,
             self.part,
@@ -115,6 +117,7 @@ class Call:
             self.stack,
             self.rows,
             self.inputs,
+            self.pure,
             self.remat,
             self.compile,
             self.part,
@@ -126,7 +129,7 @@ class Call:
     def of_block(self, path: str, representative: str) -> CallState:
         """Returns the state in which a block runs through its representative: its draws so far under those paths."""
         draws = {representative + own[len(path) :]: n for own, n in self.draws.items() if _is_below(own, path)}
-        return self.stack, self.rows, self.inputs, False, False, "all", None, set(), draws
+        return self.stack, self.rows, self.inputs, self.pure, False, False, "all", None, set(), draws
 
     def enter(self, state: CallState) -> CallState:
         """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""
@@ -137,7 +140,7 @@ class Call:
     def without_blocks(self) -> CallState:
         """Starts the same call anew, with blocks that run like other modules; returns what `restore` takes."""
         before = self._state()
-        self.restore((self.stack, self.rows, self.inputs, False, False, self.part, self.body_output, set(), {}))
+        self.restore((self.stack, self.rows, self.inputs, True, False, False, self.part, self.body_output, set(), {}))
         return before
 
     def after_block(self, path: str, representative: str, seen: set[str], draws: dict[str, int]) -> None:

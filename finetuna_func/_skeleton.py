@@ -31,11 +31,13 @@ from finetuna_func._filters import join_name
 from finetuna_func._hf import (
     cap_scores,
     has_shared_bias,
+    has_unmapped_root,
     layers_with_folded_rows,
     leave_weights_alone,
     switch_off_warnings,
     weights_read_by_parent,
     with_bias_per_row,
+    with_mapped_root,
 )
 from finetuna_func._layers import LEAF_NAMES, Binding, Call, LayerType, float_weight, layer_type
 from finetuna_func._quant import Scheme
@@ -130,7 +132,7 @@ class Skeleton:
         read_by_parent = weights_read_by_parent(model)
         folded = layers_with_folded_rows(model)
         layers: dict[str, Layer] = {}
-        call = Call()
+        call = Call(pure=False)  # until one begins
         for path, module in list(self._module.named_modules()):
             kind = layer_type(module)
             if kind is not None and path not in read_by_parent:
@@ -152,6 +154,8 @@ class Skeleton:
             elif has_shared_bias(module):
                 module.__class__ = with_bias_per_row(type(module))
             elif path in self.owners:
+                if has_unmapped_root(module):
+                    module.__class__ = with_mapped_root(type(module))
                 module._ft_call, module._ft_path = call, path  # type: ignore[assignment]
                 module._ft_ndims = {  # type: ignore[assignment]
                     name: leaf.ndim

@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 import finetuna_func as ft
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
-VOCAB, LENGTH, DECODED, CLASSES = 64, 7, 5, 5
+VOCAB, LENGTH, DECODED, CLASSES, SAMPLES = 64, 7, 5, 5, 40
 
 Lead = tuple[int, ...]  # the leading axes of inputs: (batch,) or (finetunes, batch)
 Inputs = Mapping[str, Tensor]
@@ -151,6 +151,10 @@ def two_texts(lead: Lead, generator: Generator) -> dict[str, Tensor]:
 def speech(lead: Lead, generator: Generator) -> dict[str, Tensor]:
     features = torch.randn(*lead, 6, 16, generator=generator)
     return {"input_features": features, "decoder_input_ids": _ids(lead, DECODED, generator)}
+
+
+def sound(lead: Lead, generator: Generator) -> dict[str, Tensor]:
+    return {"input_values": torch.randn(*lead, SAMPLES, generator=generator)}
 
 
 def image(lead: Lead, generator: Generator) -> dict[str, Tensor]:
@@ -315,6 +319,10 @@ _NEMOTRON |= dict(moe_shared_expert_intermediate_size=8, ssm_state_size=4, mamba
 _NEMOTRON |= dict(n_groups=1, chunk_size=4)
 _MAMBA = dict(vocab_size=VOCAB, hidden_size=16, state_size=4, num_hidden_layers=2)
 _MAMBA_2 = dict(num_heads=4, head_dim=8, n_groups=1, chunk_size=4)
+_RECURRENT_GEMMA = _GROUPED | dict(num_key_value_heads=1, lru_width=16, attention_window_size=8, num_hidden_layers=3)
+_WAV2VEC = {name: size for name, size in _SMALL.items() if name != "max_position_embeddings"}
+_WAV2VEC |= dict(conv_dim=(8, 8), conv_stride=(2, 2), conv_kernel=(3, 3), num_feat_extract_layers=2)
+_WAV2VEC |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
 _DISTILBERT = dict(vocab_size=VOCAB, dim=16, hidden_dim=24, n_layers=2, n_heads=4, max_position_embeddings=32)
 _DEBERTA = dict(relative_attention=True, pos_att_type=["p2c", "c2p"], max_relative_positions=8, type_vocab_size=0)
 _MODERNBERT = dict(local_attention=4, layer_types=_WINDOW_THEN_ALL, cls_token_id=1, sep_token_id=2)
@@ -509,6 +517,18 @@ FAMILIES: tuple[Family, ...] = (
         **_MAMBA_2,
         gaps=_in_float("convolutions", "conv1d.weight"),
     ),
+    _decoder(
+        "RecurrentGemma",
+        "RecurrentGemma",
+        _layers("linear_x", "q_proj", norm="final_norm"),
+        **_RECURRENT_GEMMA,
+        gaps=_in_float(
+            "convolutions and the gates of the recurrence",
+            "conv_1d.weight",
+            "gate_bias",
+            "gate_weight",
+        ),
+    ),
     _encoder("BERT", "Bert", _layers("query", "value", norm=_LAST_NORM), **_SMALL),
     _encoder("RoBERTa", "Roberta", _layers("query", "value", norm=_LAST_NORM), **_SMALL),
     _encoder("DistilBERT", "DistilBert", _layers("q_lin", "v_lin", norm="vocab_layer_norm"), **_DISTILBERT),
@@ -533,6 +553,23 @@ FAMILIES: tuple[Family, ...] = (
         _layers("Wqkv", "Wi", norm="final_norm"),
         **_SMALL,
         **_MODERNBERT,
+    ),
+    _encoder(
+        "Longformer",
+        "Longformer",
+        _layers("query", "value", norm=_LAST_NORM),
+        **_SMALL,
+        attention_window=4,
+        gaps=_fails(
+            "transformers indexes by the values of its mask; use a loop", "indexing with a boolean mask", "mask_vmap"
+        )
+        | _fails(
+            "attention puts the tokens before the rows, which are no longer those of the call; use `vmap`",
+            "got an input of shape .* the model shares it",
+            *_STACKED,
+            "mask_stacked",
+            "labels_stacked",
+        ),
     ),
     _translator(
         "T5",
@@ -589,6 +626,20 @@ FAMILIES: tuple[Family, ...] = (
         labels=decoder_ids,
         generates=True,
         gaps=_in_float("convolutions", "conv1.weight", "conv2.weight"),
+    ),
+    Family(
+        "Wav2Vec2",
+        _hf("Wav2Vec2Model", "Wav2Vec2Config", **_WAV2VEC),
+        sound,
+        _layers("q_proj", "v_proj", norm="encoder.layer_norm"),
+        outputs={"last_hidden_state": None},
+        masks={"attention_mask": SAMPLES},
+        gaps=_in_float("convolutions", "conv.weight", "original0", "original1")
+        | _fails(
+            "transformers writes the ends of the inputs into a mask in place; use `apply_stacked`",
+            "index_put_.* is not possible",
+            "mask_vmap",
+        ),
     ),
     _classifier(
         "ViT",
