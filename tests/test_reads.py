@@ -157,3 +157,36 @@ def test_a_call_that_fails_is_watched_again() -> None:
     assert not base.skeleton.reads
     with pytest.raises(NotImplementedError, match="itself"):
         ft.apply(base, tuned, X[0])
+
+
+class Blocks(nn.Module):
+    """Repeated blocks, one of which may use its layer's weight."""
+
+    def __init__(self, use: Callable[[Tensor, Tensor], Any] | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Reader(use) for _ in range(2))
+        for block in self.blocks:
+            block.lm_head = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_inside_blocks_that_are_computed_again() -> None:
+    base = ft.quantize_base_model(Blocks(USES["matmul"]))
+    tuned = randomized(ft.new_finetuned(base))
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match=r"weight of \['blocks\.0\.other', 'blocks\.1\.other'\] itself"):
+            ft.apply(base, tuned, X[0], remat="blocks")
+    fine = ft.quantize_base_model(Blocks(None))
+    tuned = randomized(ft.new_finetuned(fine, linear_config=ft.LinearAdapterConfig(dropout=0.5)))
+
+    def again(**blocks: Any) -> Tensor:
+        return ft.apply(fine, tuned, X[0], train=True, rng=ft.random.key(0), **blocks)
+
+    first = again(remat="blocks")  # watched first, which draws no masks of its own
+    assert torch.equal(first, again(remat="blocks"))
+    assert_close(first, again(), 1e-6, unlike=ft.apply(fine, tuned, X[0]))
