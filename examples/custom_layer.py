@@ -4,7 +4,7 @@ The library goes by the exact class of a module, since a subclass may compute so
 registered stays in float and takes no adapter, and the log says so. There are two ways to register it:
 
 * ``ft.register_layer``, for a forward that computes with ``self.weight``. In the base that holds 8-bit codes, so the
-  forward is written once more, as a function of the layer's tensors.
+  forward is written once more, as a function of the layer's tensors, on ``ft.linear`` or ``ft.embedding``.
 * ``ft.register_subclass``, for a forward that leaves the computing to ``super().forward``. It is right as it is.
 
 Run it: ``python examples/custom_layer.py``
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import finetuna_func as ft
-from finetuna_func._layers import linear
 
 
 class GatedLinear(nn.Linear):
@@ -36,8 +35,8 @@ class GatedLinear(nn.Linear):
 
 @ft.register_layer(GatedLinear, adapter="linear")
 def gated_linear(layer: nn.Module, leaves: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """The same from ``leaves``: ``linear`` takes weight, bias and adapter among them, in 8 bits or in float."""
-    return torch.sigmoid(leaves["gate"]) * linear(layer, leaves, x)
+    """The same from ``leaves``: ``ft.linear`` takes weight, bias and adapter among them, in 8 bits or in float."""
+    return torch.sigmoid(leaves["gate"]) * ft.linear(layer, leaves, x)
 
 
 class ScaledEmbedding(nn.Embedding):

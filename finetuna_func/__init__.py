@@ -16,7 +16,7 @@ from finetuna_func import optim
 from finetuna_func._adapters import new_finetuned
 from finetuna_func._base import quantize_base_model
 from finetuna_func._functional import apply, apply_stacked
-from finetuna_func._layers import register_layer, register_subclass
+from finetuna_func._layers import embedding, linear, register_layer, register_subclass
 from finetuna_func._losses import causal_lm_loss
 from finetuna_func._memory import MemoryReport, memory_report
 from finetuna_func._remat import remat
@@ -44,7 +44,9 @@ __all__ = [
     "causal_lm_loss",
     "combine",
     "compile_step",
+    "embedding",
     "index",
+    "linear",
     "load",
     "load_state_dict",
     "memory_report",

@@ -349,15 +349,15 @@ def _resolved(layer: Layer, embedding_config: Any, linear_config: Any) -> tuple[
 def _adapter_spec(layer: Layer, embedding_config: Any, linear_config: Any) -> AdapterSpec:
     assert layer.type.adapter is not None and layer.shape is not None
     argument, config = _resolved(layer, embedding_config, linear_config)
-    if layer.type.convolution and (getattr(config, "dora", False) or getattr(config, "dropout", 0.0)):
-        raise ValueError(f"{argument}: an adapter on the convolution {layer.path!r} takes neither dora nor dropout.")
+    if layer.type.convolution and getattr(config, "dora", False):
+        raise ValueError(f"{argument}: an adapter on the convolution {layer.path!r} takes no dora.")
     largest = _smaller_side(layer)
     if config.r > largest:
         raise ValueError(
             f"{argument}: rank r={config.r} is larger than layer {layer.path!r} of shape {layer.shape}; use r <= "
             f"{largest}, give this layer its own config, or train it directly with plain_layers."
         )
-    return AdapterSpec(layer.path, layer.type.adapter, config)
+    return AdapterSpec(layer.path, layer.type.adapter, config, layer.form)
 
 
 def _check_patterns(adapters: tuple[AdapterSpec, ...], embedding_config: Any, linear_config: Any) -> None:

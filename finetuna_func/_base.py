@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from finetuna_func._experts import experts_left_whole
 from finetuna_func._filters import as_names, join_name, matches, select, split_name
 from finetuna_func._hf import weights_read_by_parent
 from finetuna_func._layers import float_weight, layer_type
@@ -73,6 +74,13 @@ def quantize_base_model(
     }
     for path in sorted(read_by_parent):
         logger.warning("%s stays in float and takes no adapter: the module above it computes with its weight.", path)
+    for path, names in experts_left_whole(model):
+        logger.warning(
+            "%s is a %s, which holds matrices in one parameter and is not taken apart; %s stay in float.",
+            path,
+            type(model.get_submodule(path)).__name__,
+            ", ".join(names),
+        )
     # Users may name any layer that holds a matrix, under any of its tied names.
     paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
     names = as_names("modules_not_to_quantize", modules_not_to_quantize)

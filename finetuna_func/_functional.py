@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from finetuna_func import _random
 from finetuna_func._base import quantized_leaves
 from finetuna_func._filters import join_name, split_name
-from finetuna_func._hf import causal_mask, has_mask, with_additive_mask
+from finetuna_func._hf import causal_mask, has_mask, with_mappable_mask
 from finetuna_func._layers import LEAF_NAMES, Call, inside_vmap
+from finetuna_func._reads import ReadWatch
 from finetuna_func._types import Base, Finetuned, Params
 
 Blocks: TypeAlias = Literal["blocks"] | None
@@ -113,9 +114,9 @@ def run(base: Base, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any
     masked = has_mask(kwargs)
     with base.skeleton.calling(masked=masked, on_cpu=_on_cpu(base), **fields) as (module, call):
         if masked and inside_vmap():
-            kwargs = with_additive_mask(module, kwargs, base.skeleton.dtype)
+            kwargs = with_mappable_mask(module, kwargs, base.skeleton.dtype)
         kwargs = _with_causal_mask(base, module, call, args, kwargs)
-        out = torch.func.functional_call(module, dict(leaves), args, kwargs, tie_weights=False)
+        out = _call(base, module, call, dict(leaves), args, kwargs)
         return call.body_output if call.part == "body" else out
 
 
@@ -181,7 +182,7 @@ def _run_rows(
     rows = stacked.stack_size * (shape.batch + spare)
     with base.skeleton.calling(stack=stacked.stack_size, rows=rows, inputs=shape.inputs, **fields) as (module, call):
         kwargs = _with_causal_mask(base, module, call, args, kwargs)
-        out = torch.func.functional_call(module, dict(leaves), args, kwargs, tie_weights=False)
+        out = _call(base, module, call, dict(leaves), args, kwargs)
         _check_plain_layers_ran(stacked, call)
         return call.body_output if call.part == "body" else out
 
@@ -191,6 +192,57 @@ def _with_causal_mask(
 ) -> dict[str, Any]:
     call.causal = causal_mask(module, args, kwargs) if base.skeleton.blocks else None
     return kwargs if call.causal is None else {**kwargs, "attention_mask": call.causal}
+
+
+def _call(
+    base: Base,
+    module: nn.Module,
+    call: Call,
+    leaves: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Returns what the skeleton's module returns on these tensors, and raises if it passes an adapter by."""
+
+    def compute() -> Any:
+        return torch.func.functional_call(module, leaves, args, kwargs, tie_weights=False)
+
+    if torch.compiler.is_compiling():
+        return compute()
+    given = frozenset(name for name, value in kwargs.items() if value is not None)
+    kind = (call.stack is not None, call.part, len(args), given)
+    if kind in base.skeleton.reads:
+        _check_reads(call, leaves, base.skeleton.reads[kind])
+        return compute()
+    if not (call.remat or call.compile):
+        with ReadWatch(leaves, base.skeleton.layers, call) as watch:
+            out = compute()
+        base.skeleton.reads[kind] = frozenset(watch.found)
+        _check_reads(call, leaves, base.skeleton.reads[kind])
+        return out
+    # A watch does not see into blocks that are compiled or computed again, so the first such call runs twice.
+    before = call.without_blocks()
+    try:
+        with torch.no_grad(), ReadWatch(leaves, base.skeleton.layers, call) as watch:
+            compute()
+    finally:
+        call.restore(before)
+    base.skeleton.reads[kind] = frozenset(watch.found)
+    return _call(base, module, call, leaves, args, kwargs)
+
+
+def _check_reads(call: Call, leaves: Params, reads: frozenset[str]) -> None:
+    wrong = [
+        path
+        for path in sorted(reads)
+        if join_name(path, "lora_a") in leaves or not leaves[join_name(path, "weight")].is_floating_point()
+    ]
+    if wrong:
+        raise NotImplementedError(
+            f"{'apply' if call.stack is None else 'apply_stacked'}: the model computes with the weight of {wrong[:5]} "
+            "itself instead of calling the layer, which passes by its 8 bits and its adapter. Keep it in float "
+            "(quantize_base_model(modules_not_to_quantize=...)) and out of adapt_layers; plain_layers can train it."
+        )
 
 
 def check_blocks(function: str, base: Base, remat: Blocks, compile: Blocks) -> dict[str, bool]:

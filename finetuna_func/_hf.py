@@ -5,7 +5,9 @@ Classes are named, not imported, so that transformers is loaded only by those wh
 
 from __future__ import annotations
 
+import functools
 import sys
+import types
 from typing import Any
 
 import torch
@@ -100,6 +102,157 @@ def weights_read_by_parent(model: nn.Module) -> set[str]:
     }
 
 
+# Attention within windows of an image, which are folded into the rows: row by row, window by window.
+_WINDOWED = {
+    f"{_MODELS}.{family}.modeling_{family}.{stem}Attention"
+    for family, stem in (
+        ("clap", "ClapAudio"),
+        ("donut", "DonutSwin"),
+        ("maskformer", "MaskFormerSwin"),
+        ("swin", "Swin"),
+        ("swin2sr", "Swin2SR"),
+        ("swinv2", "Swinv2"),
+    )
+}
+
+
+def layers_with_folded_rows(model: nn.Module) -> set[str]:
+    """Returns the paths of modules whose inputs have windows folded into their rows."""
+    return {
+        f"{path}.{below}" if below else path
+        for path, module in model.named_modules()
+        if f"{type(module).__module__}.{type(module).__qualname__}" in _WINDOWED
+        for below, _ in module.named_modules()
+    }
+
+
+_BIASED = {
+    f"{_MODELS}.{family}.modeling_{family}.{stem}Attention"
+    for family, stem in (
+        ("mt5", "MT5"),
+        ("pop2piano", "Pop2Piano"),
+        ("switch_transformers", "SwitchTransformers"),
+        ("t5", "T5"),
+        ("umt5", "UMT5"),
+    )
+}
+
+
+def has_shared_bias(module: nn.Module) -> bool:
+    """Whether a module adds a bias by relative position to its scores, one for all rows."""
+    cls, table = type(module), getattr(module, "relative_attention_bias", None)
+    return f"{cls.__module__}.{cls.__qualname__}" in _BIASED and type(table) is nn.Embedding
+
+
+@functools.cache
+def with_bias_per_row(cls: type[nn.Module]) -> type[nn.Module]:
+    """Returns a subclass whose bias by position has a row for each of a stacked call, ``(rows, heads, q, k)``.
+
+    In T5 the bias comes from a table, which an adapter makes another one for each finetune.
+    """
+
+    def compute_bias(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        table = self.relative_attention_bias
+        if table._ft.call.stack is None:
+            return cls.compute_bias(self, *args, **kwargs)  # type: ignore[attr-defined]
+        asked = _Asked(self)
+        cls.compute_bias(asked, *args, **kwargs)  # type: ignore[attr-defined]
+        values = table(asked.places.flatten())  # (rows, q * k, heads), if it has parameters per finetune
+        bias = values.unflatten(-2, asked.places.shape).movedim(-1, -3)
+        return bias if bias.ndim == 4 else bias.unsqueeze(0)
+
+    return type(cls.__name__, (cls,), {"compute_bias": compute_bias, "__module__": cls.__module__})
+
+
+class _Asked:
+    """A stand-in for an attention module that notes which places of its table are looked up."""
+
+    def __init__(self, attention: Any) -> None:
+        self._attention = attention
+        self.places = torch.empty(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+    def relative_attention_bias(self, places: Tensor) -> Tensor:
+        self.places = places
+        return torch.zeros(*places.shape, 1, device=places.device)
+
+
+class _BoundedRoot(torch.autograd.Function):
+    """RecurrentGemma's square root, whose derivative is at most 1000; its own predates torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0] / (4.0 * x).clip(min=1e-6).sqrt()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangents[0] / (4.0 * x).clip(min=1e-6).sqrt()
+
+
+def has_unmapped_root(module: nn.Module) -> bool:
+    """Whether a module is RecurrentGemma's recurrence."""
+    cls = type(module)
+    name = f"{_MODELS}.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRglru"
+    return f"{cls.__module__}.{cls.__qualname__}" == name
+
+
+@functools.cache
+def with_mapped_root(cls: type[nn.Module]) -> type[nn.Module]:
+    """Returns a subclass with the same forward, word for word, in which that square root is ours."""
+    own: Any = cls.forward
+    names = {**own.__globals__, "SqrtBoundDerivative": _BoundedRoot}
+    compute = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._ft_call.pure:
+            return compute(self, *args, **kwargs)
+        self.recurrent_states = None  # it keeps its last state, which a pure call neither takes nor leaves
+        try:
+            return compute(self, *args, **kwargs)
+        finally:
+            self.recurrent_states = None
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def leave_weights_alone(skeleton: nn.Module) -> None:
+    """Switches off RWKV's division of its own weights, in place, at the first call in eval mode.
+
+    It guards against overflow in 16 bits and cancels out. Of a model that has run before, the weights are divided
+    already, and then it stays on.
+    """
+    for module in skeleton.modules():
+        if getattr(module, "layers_are_rescaled", True) is False:
+            module.config.rescale_every = 0  # type: ignore[union-attr]
+
+
+def cap_scores(skeleton: nn.Module) -> None:
+    """Chooses eager attention for models that cap their scores, which torch's fused kernel does not.
+
+    Older transformers called the kernel all the same, without the cap.
+    """
+    for module in skeleton.modules():
+        config = getattr(module, "config", None)
+        fused = getattr(config, "_attn_implementation", None) == "sdpa"
+        if fused and getattr(config, "attn_logit_softcapping", None) is not None:
+            config._attn_implementation = "eager"  # type: ignore[union-attr]
+
+
 def switch_off_warnings(skeleton: nn.Module) -> None:
     """Silences a check of Hugging Face models that reads the values of the ids, which ``vmap`` forbids."""
     for module in skeleton.modules():
@@ -168,12 +321,13 @@ def has_mask(inputs: dict[str, Any]) -> bool:
     return any(name.endswith("attention_mask") and isinstance(mask, Tensor) for name, mask in inputs.items())
 
 
-def with_additive_mask(module: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Returns the inputs with a bidirectional model's 2-D padding mask as a 4-D additive one.
+def with_mappable_mask(module: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the inputs with the 2-D padding mask in a form that transformers takes under ``vmap``.
 
-    Under ``vmap``, transformers' preparation of a bidirectional mask asks whether it is all ones, a
-    branch on a value that differs between samples. A 4-D mask it takes as it is. Causal masks do not
-    ask with eager attention, so a causal model's mask is left alone.
+    There, transformers' preparation of a mask may ask whether it is all ones, a branch on a value that
+    differs between samples. For attention in both directions it gets a 4-D additive mask, which it takes as
+    it is (one per type of layer where some attend within windows). Recurrent layers take the mask itself,
+    which then answers that it is not all ones. Causal attention does not ask, when it is eager.
 
     Args:
         module: The model (its skeleton).
@@ -181,20 +335,60 @@ def with_additive_mask(module: nn.Module, inputs: dict[str, Any], dtype: torch.d
         dtype: Of the model's activations.
 
     Raises:
-        NotImplementedError: A bidirectional model with windows of attention.
+        NotImplementedError: A bidirectional model with other kinds of attention beside windows.
     """
     mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or not _is_bidirectional(module):
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
         return inputs
-    config = getattr(module, "config", None)
-    if any(getattr(config, name, None) for name in ("sliding_window", "local_attention")):
+    if _makes(module, "create_recurrent_attention_mask"):
+        return {**inputs, "attention_mask": UnaskedMask(mask)}
+    if not _is_bidirectional(module) or _makes(module, "LongformerModel"):  # which makes a 2-D mask of it again
+        return inputs
+    real = (mask != 0)[:, None, None, :]
+    masks: dict[str, Tensor] = {"full_attention": _additive(real, dtype)}
+    config: Any = getattr(module, "config", None)
+    layer_types = [getattr(getattr(child, "config", None), "layer_types", None) or () for child in module.modules()]
+    kinds = {kind for types in layer_types for kind in types} or set(masks)
+    if kinds == masks.keys():
+        return {**inputs, "attention_mask": masks["full_attention"]}
+    window = getattr(config, "sliding_window", None)
+    two_sided = getattr(config, "is_encoder_decoder", False)  # whose one mask serves two stacks of layers
+    if two_sided or window is None or kinds - {"full_attention", "sliding_attention"}:
         raise NotImplementedError(
-            f"{type(module).__name__} attends within windows in some layers, which a mask made outside of it cannot "
-            "say under torch.func.vmap; use ft.apply_stacked, or a loop over ft.apply."
+            f"{type(module).__name__} has layers of types {sorted(kinds)}, whose masks cannot be made outside of it "
+            "under torch.func.vmap; use ft.apply_stacked, or a loop over ft.apply."
         )
-    hidden = (mask == 0)[:, None, None, :]
-    additive = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(hidden, torch.finfo(dtype).min)
-    return {**inputs, "attention_mask": additive}
+    place = torch.arange(mask.shape[1], device=mask.device)
+    near = (place[:, None] - place).abs() <= window
+    masks["sliding_attention"] = _additive(real & near, dtype)
+    return {**inputs, "attention_mask": masks}
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+class UnaskedMask:
+    """A padding mask that takes itself to contain padding when it is compared; in all else the tensor."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mask, name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._mask[index]
+
+    def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
+        return torch.zeros((), dtype=torch.bool, device=self._mask.device)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _makes(module: nn.Module, mask_function: str) -> bool:
+    """Whether the model's own source file uses one of transformers' functions that make masks."""
+    return any(hasattr(sys.modules.get(cls.__module__), mask_function) for cls in type(module).__mro__)
 
 
 def _is_bidirectional(module: nn.Module) -> bool:
@@ -202,8 +396,7 @@ def _is_bidirectional(module: nn.Module) -> bool:
     config = getattr(module, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return True
-    of_the_family = [vars(sys.modules.get(cls.__module__, object)) for cls in type(module).__mro__]
-    makes_bidirectional = any("create_bidirectional_mask" in names for names in of_the_family)
+    makes_bidirectional = _makes(module, "create_bidirectional_mask")
     return makes_bidirectional and not any(
         getattr(child, "is_causal", False) is True or getattr(child, "is_decoder", False) is True
         for child in module.modules()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -75,7 +75,7 @@ class LayerType:
 Part = Literal["all", "body", "head"]
 SharedProducts = dict[str, tuple[Tensor, Tensor]]
 Context = Callable[[], AbstractContextManager[Any]]
-CallState = tuple[int | None, int, frozenset[tuple[int, ...]], bool, bool, Part, Any, Context, set[str], dict[str, int]]
+CallState = tuple[Any, ...]  # the fields of a `Call`, but for `running`
 
 
 @dataclass
@@ -85,6 +85,7 @@ class Call:
     stack: int | None = None
     rows: int = 0  # N * B, the leading axis of every activation of a stacked call
     inputs: frozenset[tuple[int, ...]] = frozenset()  # shapes of the inputs without (N, B), such as (T,)
+    pure: bool = True  # whether a call runs at all, and not a module that `to_module` gave away
     remat: bool = False  # whether blocks are computed again in the backward pass
     compile: bool = False  # whether blocks are compiled
     part: Part = "all"  # of a model with a head: the body without the head, or the head without the body
@@ -94,55 +95,37 @@ class Call:
     seen: set[str] = field(default_factory=set)  # layers whose forward ran
     draws: dict[str, int] = field(default_factory=dict)  # dropout masks drawn so far, by layer
     shared: SharedProducts = field(default_factory=dict)  # input and product, for a sibling, by layer
+    running: list[str] | None = None  # layers whose forward runs now, the innermost last, if anybody asks
 
     def begin(self, **fields: Any) -> CallState:
         """Starts a call with these fields and the others as they are by default; returns what `restore` takes."""
-        before = self._state()
-        self.restore(Call(**fields)._state())
-        return before
+        return self._exchange(Call(**fields)._state())
 
     def restore(self, state: CallState) -> None:
         """Ends a call."""
-        (
-            self.stack,
-            self.rows,
-            self.inputs,
-            self.remat,
-            self.compile,
-            self.part,
-            self.body_output,
-            self.causal,
-            self.within,
-            self.seen,
-            self.draws,
-            self.shared,
-        ) = state
+        for name, value in zip(_CALL_FIELDS, state, strict=True):
+            setattr(self, name, value)
+
+    def of_block(self, path: str, representative: str) -> Call:
+        """Returns what a block knows that runs through its representative: its draws so far under those paths."""
+        draws = {representative + own[len(path) :]: n for own, n in self.draws.items() if _is_below(own, path)}
+        return Call(self.stack, self.rows, self.inputs, self.pure, within=self.within, draws=draws)
+
+    def enter(self, block: Call) -> CallState:
+        """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""
+        return self._exchange(replace(block, seen=set(), draws=dict(block.draws), shared={})._state())
+
+    def without_blocks(self) -> CallState:
+        """Starts the same call anew, with blocks that run like other modules; returns what `restore` takes."""
+        again = replace(self, remat=False, compile=False, seen=set(), draws={}, shared={})
+        return self._exchange(again._state())
 
     def _state(self) -> CallState:
-        return (
-            self.stack,
-            self.rows,
-            self.inputs,
-            self.remat,
-            self.compile,
-            self.part,
-            self.body_output,
-            self.causal,
-            self.within,
-            self.seen,
-            self.draws,
-            self.shared,
-        )
+        return tuple(getattr(self, name) for name in _CALL_FIELDS)
 
-    def of_block(self, path: str, representative: str) -> CallState:
-        """Returns the state in which a block runs through its representative: its draws so far under those paths."""
-        draws = {representative + own[len(path) :]: n for own, n in self.draws.items() if _is_below(own, path)}
-        return self.stack, self.rows, self.inputs, False, False, "all", None, None, self.within, set(), draws, {}
-
-    def enter(self, state: CallState) -> CallState:
-        """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""
+    def _exchange(self, state: CallState) -> CallState:
         before = self._state()
-        self.restore((*state[:-3], set(), dict(state[-2]), {}))
+        self.restore(state)
         return before
 
     def after_block(self, path: str, representative: str, seen: set[str], draws: dict[str, int]) -> None:
@@ -150,10 +133,16 @@ class Call:
         self.seen |= {path + own[len(representative) :] for own in seen}
         self.draws.update({path + own[len(representative) :]: count for own, count in draws.items()})
 
-    def divided(self, path: str, x: Tensor) -> Tensor:
+    def divided(self, path: str, x: Tensor, *, folded: bool = False, listed: bool = False) -> Tensor:
         """Returns an input of a layer with parameters per finetune, with a leading axis that divides by rows.
 
         An input that all rows share, with a leading axis of 1 (positions, say), gets a row each.
+
+        Args:
+            path: The layer.
+            x: Its input.
+            folded: Whether the model is known to fold another axis into the rows, as windows of an image.
+            listed: Whether an input of one axis is a list that all rows share, such as positions ``(T,)``.
 
         Raises:
             ValueError: The leading axis is something else.
@@ -162,8 +151,10 @@ class Call:
         flattened = {self.rows * shape[0] for shape in self.inputs if shape and shape[0] > 1}
         # One number per row can only come from an input of one number per row; otherwise it is a list of positions.
         per_row = x.shape[0] == self.rows and (x.ndim > 1 or () in self.inputs)
-        if per_row or x.shape[0] in flattened:
+        if per_row or x.shape[0] in flattened or (folded and x.shape[0] % self.rows == 0):
             return x
+        if listed and x.ndim == 1:
+            return x.expand(self.rows, *x.shape)
         if x.ndim > 1 and x.shape[0] == 1 and self.rows not in x.shape[1:]:
             return x.expand(self.rows, *x.shape[1:])
         raise ValueError(
@@ -180,6 +171,9 @@ class Call:
         return _random.fold_in(key, count) if count else key
 
 
+_CALL_FIELDS = tuple(own.name for own in fields(Call) if own.name != "running")
+
+
 @dataclass
 class Binding:
     """What a layer of the skeleton carries: static facts and the shared `Call`."""
@@ -192,6 +186,7 @@ class Binding:
     call: Call = field(default_factory=Call)
     own_ndims: Mapping[str, int] = field(default_factory=dict)
     siblings: tuple[nn.Module, ...] = ()  # other layers that get the same input
+    folded: bool = False  # whether its inputs have further axes folded into the rows
 
 
 _REGISTRY: dict[type | str, LayerType] = {}
@@ -270,7 +265,27 @@ def layer_type(module: nn.Module) -> LayerType | None:
 
 @register_layer(nn.Linear, adapter="linear")
 def linear(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
-    """``nn.Linear`` on an 8-bit or float weight, plus LoRA; the building block for layers like it."""
+    """Returns what ``nn.Linear`` would, ``(..., out)``, on an 8-bit or float weight, plus the adapter.
+
+    The building block for `register_layer`: it knows all formats, LoRA, DoRA, dropout and stacks.
+
+    Args:
+        layer: The layer, as the registered function got it.
+        leaves: Its tensors, likewise: ``weight``, perhaps ``bias``, and what belongs to the adapter.
+        x: ``(..., in)``, floating point.
+
+    Example:
+        >>> class Halved(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x) / 2
+        >>> @register_layer(Halved, adapter="linear")
+        ... def halved(layer, leaves, x):
+        ...     return linear(layer, leaves, x) / 2
+        >>> model = nn.Sequential(Halved(8, 4))
+        >>> base, tuned = new_finetuned(model)
+        >>> base.params["0.weight"].dtype, apply(base, tuned, torch.ones(3, 8)).shape
+        (torch.int8, torch.Size([3, 4]))
+    """
     x = _to_rows(layer, leaves, x)
     if "lora_magnitude" in leaves:
         return _dora(layer, leaves, x)
@@ -285,7 +300,15 @@ def conv1d(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
 
 @register_layer(nn.Embedding, adapter="embedding")
 def embedding(layer: nn.Module, leaves: Leaves, ids: Tensor) -> Tensor:
-    """``nn.Embedding`` on an 8-bit or float table, plus LoRA."""
+    """Returns what ``nn.Embedding`` would, ``(..., width)``, on an 8-bit or float table, plus LoRA.
+
+    Like `linear`, a building block for `register_layer`.
+
+    Args:
+        layer: The layer, as the registered function got it.
+        leaves: Its tensors, likewise.
+        ids: ``(...)``, integers.
+    """
     ids = _to_rows(layer, leaves, ids)
     binding: Binding = layer._ft  # type: ignore[assignment]
     weight = leaves["weight"]
@@ -316,17 +339,21 @@ def embedding(layer: nn.Module, leaves: Leaves, ids: Tensor) -> Tensor:
 def convolution(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     """``nn.Conv1d`` and ``nn.Conv2d``, plus LoRA: A is a convolution to r channels, B one of kernel size 1."""
     binding: Binding = layer._ft  # type: ignore[assignment]
-    if "dropout_key" in leaves:
-        raise NotImplementedError(f"{binding.path!r}: adapters on convolutions have no dropout; use dropout=0.0.")
+    x = _to_rows(layer, leaves, x)
+    dropped = x
+    if "dropout_key" in leaves and "lora_dropout" in leaves:
+        dropped = _dropout(layer, leaves, x, leaves["lora_dropout"])
     dims = {name: 0 for name, leaf in leaves.items() if _is_stacked(binding, name, leaf)}
     if binding.call.stack is None or not dims:
-        return _convolve(layer, leaves, x)
-    x = _unfold(_to_rows(layer, leaves, x), binding.call)
+        return _convolve(layer, leaves, x, dropped)
+    x, dropped = _unfold(x, binding.call), _unfold(dropped, binding.call)
+    leaves = {name: leaf for name, leaf in leaves.items() if name != "dropout_key"}
     in_dims = {name: 0 if name in dims or name.startswith("lora_") else None for name in leaves}
-    return _fold(torch.func.vmap(lambda own, x: _convolve(layer, own, x), in_dims=(in_dims, 0))(dict(leaves), x))
+    per_finetune = torch.func.vmap(lambda own, *xs: _convolve(layer, own, *xs), in_dims=(in_dims, 0, 0))
+    return _fold(per_finetune(leaves, x, dropped))
 
 
-def _convolve(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
+def _convolve(layer: nn.Module, leaves: Leaves, x: Tensor, dropped: Tensor) -> Tensor:
     binding: Binding = layer._ft  # type: ignore[assignment]
     x = x.to(compute_dtype(x))
     weight, bias = leaves["weight"].to(x.dtype), leaves.get("bias")
@@ -334,7 +361,7 @@ def _convolve(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     if "lora_a" not in leaves:
         return y
     a, b = (factor.to(x.dtype) for factor in effective_factors(leaves))
-    low = layer._conv_forward(x, a.unflatten(1, weight.shape[1:]), None)  # type: ignore[operator]
+    low = layer._conv_forward(dropped.to(x.dtype), a.unflatten(1, weight.shape[1:]), None)  # type: ignore[operator]
     channels = 1 - binding.weight_ndim
     update = torch.matmul(low.movedim(channels, -1), b.mT)
     if "lora_bias" in leaves:
@@ -540,7 +567,7 @@ def _to_rows(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     call.seen.add(binding.path)
     if call.stack is None or not any(_is_stacked(binding, name, leaf) for name, leaf in leaves.items()):
         return x
-    return call.divided(binding.path, x)
+    return call.divided(binding.path, x, folded=binding.folded, listed=binding.type.adapter == "embedding")
 
 
 _UNSTACKED_NDIM = {"bias": 1, "lora_a": 2, "lora_b": 2, "lora_bias": 1, "lora_magnitude": 1}

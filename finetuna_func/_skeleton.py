@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -28,9 +28,20 @@ from torch._C._functorch import TransformType, get_interpreter_stack  # type: ig
 from finetuna_func._blocks import mark_blocks
 from finetuna_func._body import mark_body_and_head
 from finetuna_func._filters import join_name
-from finetuna_func._hf import switch_off_warnings, weights_read_by_parent
+from finetuna_func._hf import (
+    cap_scores,
+    has_shared_bias,
+    has_unmapped_root,
+    layers_with_folded_rows,
+    leave_weights_alone,
+    switch_off_warnings,
+    weights_read_by_parent,
+    with_bias_per_row,
+    with_mapped_root,
+)
 from finetuna_func._layers import Binding, Call, Context, LayerType, float_weight, layer_type, leaves_of
 from finetuna_func._quant import Scheme
+from finetuna_func._types import MATRIX, WeightForm
 from finetuna_func._unpack import Packing
 
 logger = logging.getLogger(__name__)
@@ -46,6 +57,7 @@ class Layer:
         shape: ``(out, in)`` of its matrix; ``(rows, width)`` of a table; ``None`` without one.
         dtype: The float dtype it had.
         scheme: Its 8-bit format; ``None`` where the base holds it in float.
+        form: How the user's model holds the weight.
         groups: Of a convolution.
     """
 
@@ -54,6 +66,7 @@ class Layer:
     shape: tuple[int, int] | None
     dtype: torch.dtype
     scheme: Scheme | None
+    form: WeightForm = MATRIX
     groups: int = 1
 
     @property
@@ -86,6 +99,7 @@ class Skeleton:
         dropouts: Paths of ``nn.Dropout`` layers with a positive rate.
         default_scheme: The 8-bit format for layers quantized later.
         packings: How the user's packed parameters are put together again.
+        reads: Layers whose weight the model computes with itself, by kind of call; noted at the first.
     """
 
     def __init__(
@@ -116,8 +130,9 @@ class Skeleton:
         }
         self.same_module: Mapping[str, str] = _second_paths(self._module)
         read_by_parent = weights_read_by_parent(model)
+        folded = layers_with_folded_rows(model)
         layers: dict[str, Layer] = {}
-        call = Call()
+        call = Call(pure=False)  # until one begins
         for path, module in list(self._module.named_modules()):
             kind = layer_type(module)
             if kind is not None and path not in read_by_parent:
@@ -128,12 +143,19 @@ class Skeleton:
                 if weight is not None:
                     matrix = float_weight(kind, weight)
                     shape = (matrix.shape[0], matrix.shape[1])
-                layers[path] = Layer(path, kind, shape, dtype, scheme, int(getattr(module, "groups", 1)))
+                groups = int(getattr(module, "groups", 1))
+                layers[path] = Layer(path, kind, shape, dtype, scheme, _form(kind, module), groups)
                 ndim = 2 if weight is None else weight.ndim
                 ndims = {name: leaf.ndim for name, leaf in module._parameters.items() if leaf is not None}
-                module._ft = Binding(path, kind, scheme or default_scheme, dtype, ndim, call, ndims)  # type: ignore[assignment]
+                module._ft = Binding(  # type: ignore[assignment]
+                    path, kind, scheme or default_scheme, dtype, ndim, call, ndims, path in folded
+                )
                 module.__class__ = _reinterpreted(type(module), kind)
+            elif has_shared_bias(module):
+                module.__class__ = with_bias_per_row(type(module))
             elif path in self.owners:
+                if has_unmapped_root(module):
+                    module.__class__ = with_mapped_root(type(module))
                 module._ft_call, module._ft_path = call, path  # type: ignore[assignment]
                 module._ft_ndims = {  # type: ignore[assignment]
                     name: leaf.ndim
@@ -153,6 +175,7 @@ class Skeleton:
         self._module._ft_call = call  # type: ignore[assignment]
         self._within: Context = nullcontext
         self._local = threading.local()
+        self.reads: dict[Hashable, frozenset[str]] = {}
 
     def __repr__(self) -> str:
         return f"Skeleton({self.name}, {len(self.layers)} layers)"
@@ -224,6 +247,15 @@ class Skeleton:
         return module
 
 
+def _form(kind: LayerType, module: nn.Module) -> WeightForm:
+    """How the user's model holds a layer's weight."""
+    if not kind.convolution:
+        return getattr(module, "_ft_form", MATRIX)
+    kernel = tuple(module._parameters["weight"].shape[1:])  # type: ignore[union-attr]
+    plain = getattr(module, "padding_mode", "zeros") == "zeros" and set(getattr(module, "dilation", (1,))) == {1}
+    return WeightForm(kernel, beyond_peft="" if plain else "convolutions with dilation or a padding mode")
+
+
 def find_ties(model: nn.Module) -> dict[str, str]:
     """Returns ``{alias: canonical}`` for tensors that several modules hold.
 
@@ -265,6 +297,8 @@ def _meta_copy(model: nn.Module) -> nn.Module:
                 vars(module).pop(name, None)
     _switch_off_fast_paths(skeleton)
     switch_off_warnings(skeleton)
+    leave_weights_alone(skeleton)
+    cap_scores(skeleton)
     return skeleton.eval()
 
 
@@ -301,7 +335,14 @@ def _reinterpreted(cls: type[nn.Module], kind: LayerType) -> type[nn.Module]:
                         f"apply_stacked: {binding.path!r} trains its parameter {name!r}, and its registered forward "
                         "knows a stack of weight and bias only. Use torch.func.vmap over ft.apply."
                     )
-        return kind.forward(self, leaves, *args, **kwargs)
+        running = binding.call.running
+        if running is None:
+            return kind.forward(self, leaves, *args, **kwargs)
+        running.append(binding.path)
+        try:
+            return kind.forward(self, leaves, *args, **kwargs)
+        finally:
+            running.pop()
 
     if kind.extends is not None:
         # The class's own forward runs, and its super().forward is the reinterpreted one, by method order.

@@ -171,12 +171,36 @@ def _check_rank(config: object, r: object, alpha: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightForm:
+    """How the user's model holds the weight of a layer, where it is not a matrix of its own.
+
+    Attributes:
+        kernel: Of a convolution, ``(in, *kernel)``: the axes that are the columns of its matrix.
+        expert: Which expert of a fused 3-D parameter, named as the layer without its number.
+        experts: How many that parameter holds.
+        inverted: Whether PEFT takes the axes of that parameter the other way round.
+        beyond_peft: Why an adapter here has no form in PEFT; empty if it has.
+    """
+
+    kernel: tuple[int, ...] = ()
+    expert: int = 0
+    experts: int = 0
+    inverted: bool = False
+    beyond_peft: str = ""
+
+
+MATRIX = WeightForm()
+"""An ordinary weight."""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """Which layer an adapter sits on, and how it was configured (patterns resolved)."""
+    """Which layer an adapter sits on, how it was configured (patterns resolved), and what form the weight has."""
 
     path: str
     kind: AdapterKind
     config: AdapterConfig
+    form: WeightForm = MATRIX
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,11 @@
 """Packed modules: taken apart into ordinary layers, so that each matrix is quantized and adapted by itself.
 
 torch's ``MultiheadAttention`` keeps q, k and v in one parameter, transformers' mixtures of experts
-keep all experts in 3-D parameters, and bitsandbytes' 8-bit layers hold codes where others hold
-weights. Each has a stand-in made of ``nn.Linear`` and ``nn.Embedding``, on views of the same
+(`_experts.py`) keep all experts in 3-D parameters, and bitsandbytes' 8-bit layers hold codes where others
+hold weights. Each has a stand-in made of ``nn.Linear`` and ``nn.Embedding``, on views of the same
 storage; it takes the module's place in a shadow of the model that shares every tensor, and so in
 the skeleton. The user's model is not touched.
 
-    experts.gate_up_proj (E, out, in)  ->  experts.gate_up_proj.0.weight ... experts.gate_up_proj.E-1.weight
     attention.in_proj_weight (3 d, d)  ->  attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight
 """
 
@@ -24,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetuna_func._filters import join_name
-from finetuna_func._layers import Binding, inside_vmap
-from finetuna_func._types import Params
+from finetuna_func._types import Params, WeightForm
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Packing:
 
     Attributes:
         parts: Names of the parameters it was taken apart into.
-        join: ``torch.stack`` or ``torch.cat``.
+        join: Puts them together: ``torch.stack``, ``torch.cat``, or ``torch.stack`` of the transposed parts.
     """
 
     parts: tuple[str, ...]
@@ -42,7 +40,18 @@ class Packing:
 
 
 Unpacked = tuple[nn.Module, dict[str, Packing]]
-_REGISTRY: dict[type | str, Callable[[nn.Module], Unpacked | None]] = {}
+Unpacker = Callable[[nn.Module], Unpacked | None]
+_REGISTRY: dict[type | str, Unpacker] = {}
+
+
+def register_unpacker(cls: type[nn.Module] | str, unpacker: Unpacker) -> None:
+    """Makes a function the way to take a class of modules apart.
+
+    Args:
+        cls: The class, matched exactly, or its qualified name.
+        unpacker: Returns a stand-in and how its parameters are packed again, or ``None`` to leave a module whole.
+    """
+    _REGISTRY[cls] = unpacker
 
 
 def unpacked(model: nn.Module) -> tuple[nn.Module, Mapping[str, Packing]]:
@@ -61,7 +70,7 @@ def unpacked(model: nn.Module) -> tuple[nn.Module, Mapping[str, Packing]]:
     packings: dict[str, Packing] = {}
     for path, module in found:
         unpack = _unpacker(module)
-        result = None if unpack is None else unpack(module)
+        result = None if unpack is None else unpack(shadow.get_submodule(path))
         if result is None:
             continue
         stand_in, own = result
@@ -83,77 +92,18 @@ def ready_codes(module: nn.Module) -> Params | None:
     return getattr(module, "_ft_codes", None)
 
 
-def _unpacker(module: nn.Module) -> Callable[[nn.Module], Unpacked | None] | None:
+def _unpacker(module: nn.Module) -> Unpacker | None:
     cls = type(module)
     return _REGISTRY.get(cls) or _REGISTRY.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
-def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+def linear_on(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """Returns an ordinary layer on given tensors."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return layer
-
-
-# --- mixtures of experts
-
-
-class UnpackedExperts(nn.Module):
-    """Gated experts, each matrix a layer of its own."""
-
-    def __init__(self, experts: nn.Module) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.ModuleList(_linear(weight) for weight in experts.gate_up_proj)  # type: ignore[arg-type, union-attr]
-        self.down_proj = nn.ModuleList(_linear(weight) for weight in experts.down_proj)  # type: ignore[arg-type, union-attr]
-        self.act_fn: Callable[[Tensor], Tensor] = copy.deepcopy(experts.act_fn)  # type: ignore[assignment]
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Returns ``(tokens, d)``: every token through its experts, weighted.
-
-        Tokens are sent to their experts where that is possible. Under ``vmap``, in a stacked call and
-        under the compiler, which tokens go where may not be branched on: every expert sees every token.
-        """
-        number = len(self.gate_up_proj)
-        if self._sees_all_tokens():
-            shape = (*hidden_states.shape[:-1], number)
-            weights = torch.zeros(shape, dtype=top_k_weights.dtype, device=hidden_states.device)
-            weights = weights.scatter(-1, top_k_index, top_k_weights)
-            parts = [self._expert(e, hidden_states) * weights[..., e : e + 1] for e in range(number)]
-            return torch.stack(parts).sum(0).to(hidden_states.dtype)
-        out = torch.zeros_like(hidden_states)
-        for e in top_k_index.unique().tolist():
-            token, place = torch.where(top_k_index == e)
-            part = self._expert(e, hidden_states[token]) * top_k_weights[token, place, None]
-            out = out.index_add(0, token, part.to(out.dtype))
-        return out
-
-    def _expert(self, e: int, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj[e](x).chunk(2, dim=-1)
-        return self.down_proj[e](self.act_fn(gate) * up)
-
-    def _sees_all_tokens(self) -> bool:
-        binding: Binding | None = getattr(self.gate_up_proj[0], "_ft", None)  # type: ignore[assignment]
-        stacked = binding is not None and binding.call.stack is not None
-        return stacked or inside_vmap() or torch.compiler.is_compiling()
-
-
-def _unpack_experts(experts: nn.Module) -> Unpacked:
-    number = experts.gate_up_proj.shape[0]  # type: ignore[union-attr, index]
-    packings = {
-        name: Packing(tuple(f"{name}.{e}.weight" for e in range(number)), torch.stack)
-        for name in ("gate_up_proj", "down_proj")
-    }
-    return UnpackedExperts(experts), packings
-
-
-for _family, _name in (
-    ("mixtral", "MixtralExperts"),
-    ("olmoe", "OlmoeExperts"),
-    ("qwen2_moe", "Qwen2MoeExperts"),
-    ("qwen3_moe", "Qwen3MoeExperts"),
-):
-    _REGISTRY[f"transformers.models.{_family}.modeling_{_family}.{_name}"] = _unpack_experts
 
 
 # --- torch's attention
@@ -172,8 +122,10 @@ class UnpackedAttention(nn.Module):
             else (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
         )
         biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.split(d)
-        self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
-        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        self.q_proj, self.k_proj, self.v_proj = (linear_on(w, b) for w, b in zip(weights, biases, strict=True))
+        self.out_proj = linear_on(attention.out_proj.weight, attention.out_proj.bias)
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            layer._ft_form = WeightForm(beyond_peft="layers inside nn.MultiheadAttention")  # type: ignore[assignment]
         self.embed_dim, self.num_heads = d, attention.num_heads
         self.batch_first = attention.batch_first
         # What torch's Transformer layers ask before they take a fast path on the packed weights.
@@ -235,7 +187,7 @@ def _unpack_attention(attention: nn.Module) -> Unpacked | None:
     return UnpackedAttention(attention), packings
 
 
-_REGISTRY[nn.MultiheadAttention] = _unpack_attention
+register_unpacker(nn.MultiheadAttention, _unpack_attention)
 
 
 # --- bitsandbytes
@@ -278,5 +230,5 @@ def _float_dtype(module: nn.Module) -> torch.dtype:
 
 
 for _path in ("bitsandbytes.nn.modules.Linear8bitLt", "bitsandbytes.nn.Linear8bitLt"):
-    _REGISTRY[_path] = _take_over_linear
-_REGISTRY["bitsandbytes.nn.modules.Embedding8bit"] = _take_over_embedding
+    register_unpacker(_path, _take_over_linear)
+register_unpacker("bitsandbytes.nn.modules.Embedding8bit", _take_over_embedding)

@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,20 @@ from torch import Tensor
 from finetuna_func._base import quantized_leaves
 from finetuna_func._filters import join_name, split_name
 from finetuna_func._init import weight_norm
+from finetuna_func._peft import (
+    FACTORS,
+    all_file_names,
+    beyond_peft,
+    fused_parameters,
+    fused_shapes,
+    params_from_peft,
+    peft_config,
+    peft_names,
+    rank_on_disk,
+    read_checkpoint,
+    split_off_start,
+    tensors_for_peft,
+)
 from finetuna_func._trees import constants_of
 from finetuna_func._types import (
     AdapterSpec,
@@ -44,26 +59,16 @@ logger = logging.getLogger(__name__)
 TENSORS, PEFT_CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "finetuna.json"
 FORMAT = 1
 _CHOOSING = {"rank_pattern", "alpha_pattern", "layers_to_transform", "exclude"}
-_FACTORS = ("lora_a", "lora_b", "lora_a0", "lora_b0")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_PREFIX = "base_model.model."
-_TO_PEFT = {
-    ("linear", "lora_a"): "lora_A.weight",
-    ("linear", "lora_b"): "lora_B.weight",
-    ("linear", "lora_bias"): "lora_B.bias",
-    ("linear", "lora_magnitude"): "lora_magnitude_vector",
-    ("embedding", "lora_a"): "lora_embedding_A",
-    ("embedding", "lora_b"): "lora_embedding_B",
-}
 
 
 def save(path: str | os.PathLike[str], tuned: Finetuned) -> Path:
     """Returns the folder it wrote: the finetune in PEFT's format.
 
-    An earlier save in the same folder is replaced; any other folder is left alone. PEFT has no such
-    form for adapters on convolutions and on single experts, nor for DoRA on
-    some layers only (its ``use_dora`` is for all, embeddings included): those saves are for `load`
-    alone, and in the last case the log says so and the file that PEFT looks for is not written.
+    An earlier save in the same folder is replaced; any other folder is left alone. The experts of a fused
+    parameter are saved as PEFT's ``target_parameters``. What PEFT cannot express (DoRA on some layers
+    only, experts of different ranks, layers inside ``nn.MultiheadAttention``, convolutions with dilation) is
+    saved for `load` alone: the log says so, and the file that PEFT looks for is not written.
 
     Args:
         path: The folder to write.
@@ -87,17 +92,17 @@ def save(path: str | os.PathLike[str], tuned: Finetuned) -> Path:
     if target.exists() and not (target / OWN_CONFIG).is_file():
         raise FileExistsError(f"save: {target} exists and does not hold an earlier save; choose another path.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    names = _file_names(tuned.spec)
+    fused = fused_parameters(tuned)
     # Copies: safetensors refuses tensors that share memory.
-    tensors = {names[name]: leaf.detach().cpu().contiguous().clone() for name, leaf in _with_start(tuned).items()}
+    tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors_for_peft(tuned, fused).items()}
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         save_file(tensors, staging / TENSORS, metadata={"format": "pt", "finetuna_base": tuned.spec.base})
-        unsaid = _beyond_peft(tuned.spec)
+        unsaid = beyond_peft(tuned)
         if unsaid:
             logger.warning("%s: no %s is written, since PEFT cannot express %s.", target, PEFT_CONFIG, unsaid)
         else:
-            _write_json(staging / PEFT_CONFIG, _peft_config(tuned))
+            _write_json(staging / PEFT_CONFIG, peft_config(tuned))
         _write_json(staging / OWN_CONFIG, _own_config(tuned) | {"sha256": _sha256((staging / TENSORS).read_bytes())})
         (staging / TENSORS).chmod(0o644)
         staging.chmod(0o755)
@@ -120,7 +125,10 @@ def save(path: str | os.PathLike[str], tuned: Finetuned) -> Path:
 
 
 def load(path: str | os.PathLike[str], base: Base) -> Finetuned:
-    """Returns the finetune that `save` wrote, bitwise, on the devices of ``base``.
+    """Returns the finetune that `save` wrote, bitwise, or that PEFT did, on the devices of ``base``.
+
+    A LoRA checkpoint of PEFT (ranks and alphas by pattern, rsLoRA, DoRA, biases, embeddings,
+    ``target_parameters``, ``modules_to_save``) does not say what base it belongs to: names and shapes are checked.
 
     Args:
         path: The folder.
@@ -128,38 +136,42 @@ def load(path: str | os.PathLike[str], base: Base) -> Finetuned:
 
     Raises:
         FileNotFoundError: No such save.
-        ValueError: It was trained on another base (both are named), or a file is damaged.
+        ValueError: It was trained on another base (both are named), a file is damaged, or PEFT's
+            settings compute something else than `apply` would.
     """
     folder = Path(path)
-    for name in (OWN_CONFIG, TENSORS):
+    foreign = not (folder / OWN_CONFIG).is_file() and (folder / PEFT_CONFIG).is_file()
+    if foreign and not (folder / TENSORS).is_file() and list(folder.glob("*.bin")):
+        raise FileNotFoundError(f"load: {folder} holds pickled weights, which are never read; save it as safetensors.")
+    for name in (PEFT_CONFIG if foreign else OWN_CONFIG, TENSORS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"load: {folder} has no {name}; expected a folder written by ft.save.")
-    spec, constants, dtypes, checksum = _read_own_config(folder / OWN_CONFIG)
+            raise FileNotFoundError(f"load: {folder} has no {name}; expected a folder written by ft.save or by PEFT.")
+    content = (folder / TENSORS).read_bytes()
+    if foreign:
+        return read_checkpoint(folder / PEFT_CONFIG, _tensors_in(folder, content), base)
+    spec, fused, constants, dtypes, checksum = _read_own_config(folder / OWN_CONFIG)
     if spec.base != base.fingerprint:
         raise ValueError(
             f"load: {folder} was trained on base {spec.base!r}, but the base given is {base.fingerprint!r} "
             f"({base.skeleton.name}); load it on the base it was trained on."
         )
     _check_fits(folder / OWN_CONFIG, spec, base)
-    content = (folder / TENSORS).read_bytes()
-    try:
-        tensors = load_tensors(content)
-    except (SafetensorError, ValueError, OverflowError) as error:
-        raise ValueError(f"load: {folder / TENSORS} is not a readable safetensors file: {error}") from error
-    names = _file_names(spec)
-    missing, unknown = set(names.values()) - tensors.keys(), tensors.keys() - set(names.values())
+    spec = _with_forms(folder / OWN_CONFIG, spec, fused, base)
+    tensors = _tensors_in(folder, content)
+    names = all_file_names(spec, fused)
+    missing, unknown = names - tensors.keys(), tensors.keys() - names
     if missing or unknown:
         raise ValueError(
             f"load: {folder / TENSORS} lacks {sorted(missing)[:5]} and has unknown {sorted(unknown)[:5]}; the files "
             "do not belong together."
         )
-    params = {name: tensors[file_name] for name, file_name in names.items()}
-    for name, leaf in params.items():
-        expected = _expected_shape(base, spec, name)
-        if tuple(leaf.shape) != expected or not leaf.is_floating_point():
+    shapes: dict[str, tuple[int, ...]] = fused_shapes(base, spec, fused)
+    shapes |= {file_name: _expected_shape(base, spec, name) for name, file_name in peft_names(spec, fused).items()}
+    for name, leaf in tensors.items():
+        if tuple(leaf.shape) != shapes[name] or not leaf.is_floating_point():
             raise ValueError(
-                f"load: {folder / TENSORS}: {names[name]} is {leaf.dtype} {tuple(leaf.shape)}, expected floating "
-                f"point {expected}."
+                f"load: {folder / TENSORS}: {name} is {leaf.dtype} {tuple(leaf.shape)}, expected floating "
+                f"point {shapes[name]}."
             )
     if _sha256(content) != checksum:
         raise ValueError(
@@ -168,7 +180,8 @@ def load(path: str | os.PathLike[str], base: Base) -> Finetuned:
         )
     for layer in spec.quantized:
         quantized_leaves(base, layer)
-    starts = _split_off_start(spec, params, dtypes)
+    params = params_from_peft(spec, tensors, fused)
+    starts = split_off_start(spec, params, dtypes)
     consts = {name: torch.tensor(value, dtype=dtypes[name]) for name, value in constants.items()}
     consts.update(starts)
     for adapter in spec.adapters:
@@ -180,46 +193,23 @@ def load(path: str | os.PathLike[str], base: Base) -> Finetuned:
     return Finetuned(params, consts, spec).to(device)
 
 
-def _file_names(spec: Spec) -> dict[str, str]:
-    """Returns each parameter's name in the tensor file."""
-    names = {name: _PREFIX + name for name in spec.plain}
-    for adapter in spec.adapters:
-        own = ["lora_a", "lora_b"]
-        own += ["lora_bias"] if getattr(adapter.config, "bias", False) else []
-        own += ["lora_magnitude"] if getattr(adapter.config, "dora", False) else []
-        names.update(
-            {join_name(adapter.path, leaf): f"{_PREFIX}{adapter.path}.{_TO_PEFT[adapter.kind, leaf]}" for leaf in own}
-        )
-    return names
+def _tensors_in(folder: Path, content: bytes) -> dict[str, Tensor]:
+    try:
+        return load_tensors(content)
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise ValueError(f"load: {folder / TENSORS} is not a readable safetensors file: {error}") from error
 
 
-def _rank_on_disk(adapter: AdapterSpec) -> int:
-    """An adapter that subtracts its first product is, to PEFT, an ordinary one of twice the rank."""
-    return 2 * adapter.config.r if getattr(adapter.config, "subtracts_start", False) else adapter.config.r
-
-
-def _with_start(tuned: Finetuned) -> dict[str, Tensor]:
-    """Returns the params, with A and B as PEFT would need them."""
-    params = dict(tuned.params)
-    for adapter in tuned.spec.adapters:
-        if _rank_on_disk(adapter) != adapter.config.r:
-            own = {name: join_name(adapter.path, name) for name in _FACTORS}
-            params[own["lora_a"]] = torch.cat([params[own["lora_a"]], tuned.consts[own["lora_a0"]]])
-            params[own["lora_b"]] = torch.cat([params[own["lora_b"]], -tuned.consts[own["lora_b0"]]], dim=1)
-    return params
-
-
-def _split_off_start(spec: Spec, params: dict[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Undoes `_with_start` on ``params`` in place; returns the first factors."""
-    starts: dict[str, Tensor] = {}
-    for adapter in spec.adapters:
-        if _rank_on_disk(adapter) != adapter.config.r:
-            a, b, a0, b0 = (join_name(adapter.path, name) for name in _FACTORS)
-            r = adapter.config.r
-            starts[a0] = params[a][r:].to(dtypes[a0], copy=True)
-            starts[b0] = (-params[b][:, r:]).to(dtypes[b0])
-            params[a], params[b] = params[a][:r].to(dtypes[a], copy=True), params[b][:, :r].to(dtypes[b], copy=True)
-    return starts
+def _with_forms(path: Path, spec: Spec, fused: tuple[str, ...], base: Base) -> Spec:
+    """Returns the spec with the forms of the base's weights, which the description does not repeat."""
+    adapters = tuple(replace(adapter, form=base.skeleton.layers[adapter.path].form) for adapter in spec.adapters)
+    ranks: dict[str, set[int]] = {}
+    for adapter in adapters:
+        if adapter.form.experts:
+            ranks.setdefault(split_name(adapter.path)[0], set()).add(rank_on_disk(adapter))
+    if any(len(ranks.get(name, ())) != 1 for name in fused):
+        raise ValueError(f"load: {path} has {list(fused)} as fused parameters, of which the base knows another form.")
+    return replace(spec, adapters=adapters)
 
 
 def _expected_shape(base: Base, spec: Spec, name: str) -> tuple[int, ...]:
@@ -230,7 +220,10 @@ def _expected_shape(base: Base, spec: Spec, name: str) -> tuple[int, ...]:
     shape = base.skeleton.layers[path].shape
     assert shape is not None
     out_features, in_features = shape
-    r = _rank_on_disk(adapter)
+    r = rank_on_disk(adapter)
+    kernel = adapter.form.kernel
+    if kernel and own in ("lora_a", "lora_b"):
+        return (r, *kernel) if own == "lora_a" else (out_features, r, *(1,) * (len(kernel) - 1))
     if own in ("lora_bias", "lora_magnitude"):
         return (out_features,)
     if adapter.kind == "embedding":
@@ -245,8 +238,8 @@ def _settings(config: type) -> list[str]:
 
 def _recorded(tuned: Finetuned) -> dict[str, Tensor]:
     """The tensors whose dtype the tensor file does not tell: constants, and factors that share a tensor with theirs."""
-    starts = [a.path for a in tuned.spec.adapters if _rank_on_disk(a) != a.config.r]
-    factors = {join_name(path, name) for path in starts for name in _FACTORS}
+    starts = [a.path for a in tuned.spec.adapters if rank_on_disk(a) != a.config.r]
+    factors = {join_name(path, name) for path in starts for name in FACTORS}
     return {
         name: leaf for name, leaf in {**tuned.params, **tuned.consts}.items() if name in tuned.consts or name in factors
     }
@@ -262,6 +255,7 @@ def _own_config(tuned: Finetuned) -> dict[str, Any]:
         ],
         "plain": list(tuned.spec.plain),
         "quantized": list(tuned.spec.quantized),
+        "fused": list(fused_parameters(tuned)),
         "consts": {name: tuned.consts[name].item() for a in tuned.spec.adapters for name in constants_of(a)},
         "dtypes": {name: str(leaf.dtype).removeprefix("torch.") for name, leaf in _recorded(tuned).items()},
     }
@@ -271,7 +265,7 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _read_own_config(path: Path) -> tuple[Spec, Mapping[str, float], Mapping[str, torch.dtype], str]:
+def _read_own_config(path: Path) -> tuple[Spec, tuple[str, ...], Mapping[str, float], Mapping[str, torch.dtype], str]:
     """Returns what `_own_config` wrote; anything else is a ValueError, whatever a hostile file holds."""
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -279,7 +273,7 @@ def _read_own_config(path: Path) -> tuple[Spec, Mapping[str, float], Mapping[str
             raise ValueError(f"format {config['format']!r}; this version of finetuna_func reads format {FORMAT}")
         adapters = tuple(_adapter_from(dict(entry)) for entry in config["adapters"])
         plain, quantized = _names(config["plain"]), _names(config["quantized"])
-        spec = Spec(_name(config["base"]), adapters, plain, quantized)
+        spec, fused = Spec(_name(config["base"]), adapters, plain, quantized), _names(config.get("fused", []))
         if len({adapter.path for adapter in adapters}) < len(adapters):
             raise ValueError("an adapter is listed twice")
         constants = {_name(name): float(value) for name, value in config["consts"].items()}
@@ -288,13 +282,13 @@ def _read_own_config(path: Path) -> tuple[Spec, Mapping[str, float], Mapping[str
             raise ValueError(f"constants {sorted(constants)[:5]} are not the finite numbers that the adapters need")
         known = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
         dtypes = {_name(name): known[dtype] for name, dtype in config["dtypes"].items()}
-        starts = [a.path for a in adapters if _rank_on_disk(a) != a.config.r]
-        if not dtypes.keys() >= expected | {join_name(path, name) for path in starts for name in _FACTORS}:
+        starts = [a.path for a in adapters if rank_on_disk(a) != a.config.r]
+        if not dtypes.keys() >= expected | {join_name(path, name) for path in starts for name in FACTORS}:
             raise ValueError("a dtype is missing")
         rates = [value for name, value in constants.items() if split_name(name)[1] == "lora_dropout"]
         if not all(0 <= rate < 1 for rate in rates):
             raise ValueError("a dropout rate is not in [0, 1)")
-        return spec, constants, dtypes, _name(config["sha256"])
+        return spec, fused, constants, dtypes, _name(config["sha256"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"load: {path} is not a description written by ft.save: {error!r}") from error
 
@@ -333,59 +327,6 @@ def _check_fits(path: Path, spec: Spec, base: Base) -> None:
         fits = layer in layers and layers[layer].quantizable and layers[layer].scheme is None
         if not fits or join_name(layer, "weight") in spec.plain:
             raise ValueError(f"load: {path} quantizes {layer!r}, which is not a frozen float layer of the base.")
-
-
-def _beyond_peft(spec: Spec) -> str:
-    """What PEFT would read as something else, without an error; empty if nothing."""
-    with_dora = {bool(getattr(adapter.config, "dora", False)) for adapter in spec.adapters}
-    return "DoRA on some of the adapted layers only" if len(with_dora) > 1 else ""
-
-
-def _peft_config(tuned: Finetuned) -> dict[str, Any]:
-    adapters = tuned.spec.adapters
-    stabilized = bool(adapters) and all(a.config.rank_stabilized for a in adapters)
-    ranks = {a.path: _rank_on_disk(a) for a in adapters}
-    scales = {a.path: float(tuned.consts[join_name(a.path, "lora_scale")]) for a in adapters}
-    alphas = {a.path: _peft_alpha(a, scales[a.path], stabilized) for a in adapters}
-    r = ranks[adapters[0].path] if adapters else 8
-    alpha = alphas[adapters[0].path] if adapters else 8
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": max((getattr(a.config, "dropout", 0.0) for a in adapters), default=0.0),
-        "lora_bias": any(getattr(a.config, "bias", False) for a in adapters),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "target_modules": _target_modules([a.path for a in adapters]),
-        "use_rslora": stabilized,
-        "use_dora": any(getattr(a.config, "dora", False) for a in adapters),
-        "rank_pattern": {f"^{_escape(path)}$": rank for path, rank in ranks.items() if rank != r},
-        "alpha_pattern": {f"^{_escape(path)}$": other for path, other in alphas.items() if other != alpha},
-        "modules_to_save": sorted({split_name(name)[0] for name in tuned.spec.plain}) or None,
-    }
-
-
-def _target_modules(paths: list[str]) -> list[str] | str:
-    """PEFT matches an entry of a list by its tail, so a path of one name (``fc``) must be a full match."""
-    if all("." in path for path in paths):
-        return paths
-    return f"^(?:{'|'.join(map(_escape, paths))})$"
-
-
-def _peft_alpha(adapter: AdapterSpec, scale: float, stabilized: bool) -> float:
-    """The alpha with which PEFT arrives at ``scale``; the configured one where that is it, undisturbed by rounding."""
-    r = _rank_on_disk(adapter)
-    alpha = scale * (math.sqrt(r) if stabilized else r)
-    configured = adapter.config.alpha
-    return configured if abs(alpha - configured) <= 1e-6 * abs(configured) else alpha
-
-
-def _escape(path: str) -> str:
-    return path.replace(".", r"\.")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 import finetuna_func as ft
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
-VOCAB, LENGTH, DECODED, CLASSES = 64, 7, 5, 5
+VOCAB, LENGTH, DECODED, CLASSES, SAMPLES = 64, 7, 5, 5, 40
 
 Lead = tuple[int, ...]  # the leading axes of inputs: (batch,) or (finetunes, batch)
 Inputs = Mapping[str, Tensor]
@@ -63,8 +63,10 @@ CHECKS: dict[str, tuple[str, str]] = {
 
 NOTES = (
     "Equal means: in float32, the largest difference is at most 1e-5 of the largest number (T5: 2e-5, since it does",
-    "not scale attention scores); for gradients twice that, leaf by leaf, where no leaf counts as smaller than 1/100",
-    "of the largest. In bfloat16 the root mean square error is at most twice that of the bfloat16 model, plus 2**-7.",
+    "not scale attention scores; Qwen3-Next: 1e-4, since it normalises the keys of padding, which are zeros); for",
+    "gradients twice that, leaf by leaf, where no leaf counts as smaller than 1/100 of the largest. In bfloat16 the",
+    "root mean square error is at most twice that of the bfloat16 model, plus 2**-7; with experts that of the median",
+    "token, since a rounding may send a token to others.",
     "Every comparison also tells another finetune, the base or the unmasked output apart: it is at least 20 times",
     "as far away (4 times in bfloat16).",
     "",
@@ -99,6 +101,7 @@ class Family:
         generates: Whether the model has ``generate``.
         gaps: Check -> why and how it fails.
         tolerance: Largest difference relative to the largest number, in float32.
+        routes: Whether a router sends each token to some of several experts.
     """
 
     name: str
@@ -111,6 +114,7 @@ class Family:
     generates: bool = False
     gaps: Mapping[str, Gap] = dataclasses.field(default_factory=dict)
     tolerance: float = 1e-5
+    routes: bool = False
 
     def make(self) -> nn.Module:
         """Returns the model: float32, eval mode, the same numbers each time, none of them zero or equal."""
@@ -147,6 +151,10 @@ def two_texts(lead: Lead, generator: Generator) -> dict[str, Tensor]:
 def speech(lead: Lead, generator: Generator) -> dict[str, Tensor]:
     features = torch.randn(*lead, 6, 16, generator=generator)
     return {"input_features": features, "decoder_input_ids": _ids(lead, DECODED, generator)}
+
+
+def sound(lead: Lead, generator: Generator) -> dict[str, Tensor]:
+    return {"input_values": torch.randn(*lead, SAMPLES, generator=generator)}
 
 
 def image(lead: Lead, generator: Generator) -> dict[str, Tensor]:
@@ -299,8 +307,22 @@ _DEEPSEEK = (
         first_k_dense_replace=1,
     )
 )
+_LLAMA_4 = _HEADS | dict(num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=24, attention_chunk_size=4)
+_JAMBA = _GROUPED | _EXPERTS | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_offset=0)
+_JAMBA |= dict(mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False)
+_QWEN_NEXT = _HEADS | _EXPERTS | _NARROW | dict(linear_num_key_heads=2, linear_num_value_heads=4)
+_QWEN_NEXT |= dict(linear_key_head_dim=4, linear_value_head_dim=4, shared_expert_intermediate_size=8)
+_QWEN_NEXT |= dict(layer_types=["linear_attention", "full_attention"])
+_NEMOTRON = {name: size for name, size in (_HEADS | _NARROW).items() if name != "num_hidden_layers"}
+_NEMOTRON |= dict(layers_block_type=["mamba", "moe", "attention"], n_routed_experts=4, num_experts_per_tok=2)
+_NEMOTRON |= dict(moe_shared_expert_intermediate_size=8, ssm_state_size=4, mamba_num_heads=4, mamba_head_dim=8)
+_NEMOTRON |= dict(n_groups=1, chunk_size=4)
 _MAMBA = dict(vocab_size=VOCAB, hidden_size=16, state_size=4, num_hidden_layers=2)
 _MAMBA_2 = dict(num_heads=4, head_dim=8, n_groups=1, chunk_size=4)
+_RECURRENT_GEMMA = _GROUPED | dict(num_key_value_heads=1, lru_width=16, attention_window_size=8, num_hidden_layers=3)
+_WAV2VEC = {name: size for name, size in _SMALL.items() if name != "max_position_embeddings"}
+_WAV2VEC |= dict(conv_dim=(8, 8), conv_stride=(2, 2), conv_kernel=(3, 3), num_feat_extract_layers=2)
+_WAV2VEC |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
 _DISTILBERT = dict(vocab_size=VOCAB, dim=16, hidden_dim=24, n_layers=2, n_heads=4, max_position_embeddings=32)
 _DEBERTA = dict(relative_attention=True, pos_att_type=["p2c", "c2p"], max_relative_positions=8, type_vocab_size=0)
 _MODERNBERT = dict(local_attention=4, layer_types=_WINDOW_THEN_ALL, cls_token_id=1, sep_token_id=2)
@@ -310,6 +332,7 @@ _CONVNEXT = dict(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2
 
 def _decoder(name: str, stem: str, custom: Mapping[str, Any], config: str = "", **settings: Any) -> Family:
     declared = {key: settings.pop(key) for key in ("gaps", "tolerance") if key in settings}
+    declared["routes"] = any("experts_per_tok" in key for key in settings)
     model = stem if stem.endswith("Model") else f"{stem}ForCausalLM"
     return Family(
         name,
@@ -369,28 +392,10 @@ def _fails(reason: str, error: str, *checks: str) -> dict[str, Gap]:
     return {check: Gap(reason, error) for check in checks}
 
 
-_ROUTER = _in_float("the router, whose rounding would send tokens to other experts", "mlp.gate.weight")
+_ROUTERS = ("gate.weight", "router.weight")
+_ROUTER = _in_float("the router, whose rounding would send tokens to other experts", *_ROUTERS)
 _NO_FORWARD_MODE = "torch has no forward mode for {}"
-_GROUPED_MM = _fails(
-    _NO_FORWARD_MODE.format("grouped_mm, with which these experts compute"), "forward AD with _grouped_mm", "jvp"
-)
-_EXPERT_WEIGHTS = (
-    "down_proj",
-    "down_proj_bias",
-    "gate_up_proj",
-    "gate_up_proj_bias",
-    "router.weight",
-    "mlp.gate.weight",
-)
-_FUSED = _in_float("the fused experts, which of this class are not taken apart, and the router", *_EXPERT_WEIGHTS)
 _STACKED = ("stacked", "stacked_custom", "stacked_grad")
-_SHARED_POSITIONS = _fails(
-    "the layer of positions, adapted by default, gets an input that all rows share; leave it out of `adapt_layers`, or "
-    "use `vmap`",
-    "has parameters per finetune but got an input of shape",
-    "stacked",
-)
-
 _QV = _layers("q_proj", "v_proj", norm="norm")
 _LAST_NORM = r".*\.1\..*\.LayerNorm"
 
@@ -433,17 +438,59 @@ FAMILIES: tuple[Family, ...] = (
         num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=4,
-        gaps=_FUSED | _GROUPED_MM,
+        gaps=_ROUTER,
     ),
     _decoder(
         "DeepSeek-V3",
         "DeepseekV3",
         _layers("q_b_proj", "kv_b_proj", norm="norm"),
         **_DEEPSEEK,
-        gaps=_FUSED | _GROUPED_MM,
+        gaps=_ROUTER,
+    ),
+    _decoder("Phi-MoE", "Phimoe", _QV, **_GROUPED, num_local_experts=4, num_experts_per_tok=2, gaps=_ROUTER),
+    _decoder(
+        "GLM-4-MoE",
+        "Glm4Moe",
+        _QV,
+        **_HEADS,
+        **_NARROW,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        gaps=_ROUTER,
+    ),
+    _decoder("Granite-MoE", "GraniteMoe", _QV, **_GROUPED, num_local_experts=4, num_experts_per_tok=2, gaps=_ROUTER),
+    _decoder("Llama 4", "Llama4", _QV, "Llama4TextConfig", **_LLAMA_4, gaps=_ROUTER),
+    _decoder(
+        "Qwen3-Next",
+        "Qwen3Next",
+        _layers("q_proj", "in_proj_qkvz", norm=r"model\.norm"),
+        **_QWEN_NEXT,
+        gaps=_in_float("convolutions and the router", "conv1d.weight", *_ROUTERS),
+        tolerance=1e-4,  # it normalises the keys of padding, which are zeros
+    ),
+    _decoder(
+        "Jamba",
+        "Jamba",
+        _layers("in_proj", "q_proj", norm="final_layernorm"),
+        **_JAMBA,
+        gaps=_in_float(
+            "convolutions, A_log, dt_proj, with whose weight the mixer computes itself, and the router",
+            "A_log",
+            "conv1d.weight",
+            "dt_proj.weight",
+            *_ROUTERS,
+        ),
+    ),
+    _decoder(
+        "Nemotron-H",
+        "NemotronH",
+        _layers("in_proj", "q_proj", norm="norm_f"),
+        **_NEMOTRON,
+        gaps=_in_float("convolutions and the router", "conv1d.weight", *_ROUTERS),
     ),
     _decoder("Gemma", "Gemma", _QV, **_HEADS),
-    _decoder("Gemma 2", "Gemma2", _QV, **_HEADS, sliding_window=4),
+    _decoder("Gemma 2", "Gemma2", _QV, **_HEADS, sliding_window=4, attn_implementation="eager"),
     _decoder("Gemma 3", "Gemma3", _QV, "Gemma3TextConfig", **_HEADS, sliding_window=4, layer_types=_WINDOW_THEN_ALL),
     _decoder("Phi", "Phi", _layers("q_proj", "fc1", norm="final_layernorm"), **_SMALL),
     _decoder("Phi-3", "Phi3", _layers("qkv_proj", "gate_up_proj", norm="norm"), **_GROUPED),
@@ -468,11 +515,18 @@ FAMILIES: tuple[Family, ...] = (
         _layers("in_proj", "out_proj", norm="norm_f"),
         **_MAMBA,
         **_MAMBA_2,
-        gaps=_in_float("convolutions", "conv1d.weight")
-        | _fails(
-            "transformers branches on the values of its mask; use `apply_stacked`",
-            "data-dependent control flow",
-            "mask_vmap",
+        gaps=_in_float("convolutions", "conv1d.weight"),
+    ),
+    _decoder(
+        "RecurrentGemma",
+        "RecurrentGemma",
+        _layers("linear_x", "q_proj", norm="final_norm"),
+        **_RECURRENT_GEMMA,
+        gaps=_in_float(
+            "convolutions and the gates of the recurrence",
+            "conv_1d.weight",
+            "gate_bias",
+            "gate_weight",
         ),
     ),
     _encoder("BERT", "Bert", _layers("query", "value", norm=_LAST_NORM), **_SMALL),
@@ -499,10 +553,22 @@ FAMILIES: tuple[Family, ...] = (
         _layers("Wqkv", "Wi", norm="final_norm"),
         **_SMALL,
         **_MODERNBERT,
+    ),
+    _encoder(
+        "Longformer",
+        "Longformer",
+        _layers("query", "value", norm=_LAST_NORM),
+        **_SMALL,
+        attention_window=4,
         gaps=_fails(
-            "windows of attention need a mask that transformers can only make outside of `vmap`; use `apply_stacked`",
-            "attends within windows",
-            "mask_vmap",
+            "transformers indexes by the values of its mask; use a loop", "indexing with a boolean mask", "mask_vmap"
+        )
+        | _fails(
+            "attention puts the tokens before the rows, which are no longer those of the call; use `vmap`",
+            "got an input of shape .* the model shares it",
+            *_STACKED,
+            "mask_stacked",
+            "labels_stacked",
         ),
     ),
     _translator(
@@ -516,7 +582,6 @@ FAMILIES: tuple[Family, ...] = (
         num_layers=2,
         num_heads=4,
         decoder_start_token_id=3,
-        gaps=_SHARED_POSITIONS,
         tolerance=2e-5,  # it does not scale attention scores, so softmax multiplies errors
     ),
     _translator(
@@ -560,7 +625,21 @@ FAMILIES: tuple[Family, ...] = (
         masks={"decoder_attention_mask": DECODED},
         labels=decoder_ids,
         generates=True,
-        gaps=_in_float("convolutions", "conv1.weight", "conv2.weight") | _SHARED_POSITIONS,
+        gaps=_in_float("convolutions", "conv1.weight", "conv2.weight"),
+    ),
+    Family(
+        "Wav2Vec2",
+        _hf("Wav2Vec2Model", "Wav2Vec2Config", **_WAV2VEC),
+        sound,
+        _layers("q_proj", "v_proj", norm="encoder.layer_norm"),
+        outputs={"last_hidden_state": None},
+        masks={"attention_mask": SAMPLES},
+        gaps=_in_float("convolutions", "conv.weight", "original0", "original1")
+        | _fails(
+            "transformers writes the ends of the inputs into a mask in place; use `apply_stacked`",
+            "index_put_.* is not possible",
+            "mask_vmap",
+        ),
     ),
     _classifier(
         "ViT",
@@ -577,7 +656,7 @@ FAMILIES: tuple[Family, ...] = (
     _classifier(
         "DINOv2",
         "Dinov2",
-        _layers("q_proj", "v_proj", norm="layernorm"),
+        _layers(r".*\.(q_proj|query)", r".*\.(v_proj|value)", norm="layernorm"),
         **_IMAGES,
         gaps=_in_float(
             "the patch convolution, class and mask tokens and position table",
@@ -596,12 +675,6 @@ FAMILIES: tuple[Family, ...] = (
             "the patch convolution and the tables of relative positions",
             "projection.weight",
             "relative_position_bias_table",
-        )
-        | _fails(
-            "attention windows are folded into the batch, so its rows are no longer those of the call; use `vmap`",
-            "got an input of shape .* the model shares it",
-            *_STACKED,
-            "labels_stacked",
         ),
     ),
     _classifier(

@@ -218,7 +218,7 @@ class Broken(Exception):
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-@pytest.mark.parametrize("step", ["save_file", "_peft_config", "_own_config", "_write_json"])
+@pytest.mark.parametrize("step", ["save_file", "peft_config", "_own_config", "_write_json"])
 def test_a_failing_save_leaves_nothing_and_keeps_the_old(base, tuned, tmp_path, monkeypatch, step, earlier):
     target = tmp_path / "a"
     if earlier:
@@ -280,7 +280,8 @@ def test_missing_files(base, saved, tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         ft.load(tmp_path / "nowhere", base)
     assert (
-        str(error.value) == f"load: {tmp_path / 'nowhere'} has no {OWN_CONFIG}; expected a folder written by ft.save."
+        str(error.value)
+        == f"load: {tmp_path / 'nowhere'} has no {OWN_CONFIG}; expected a folder written by ft.save or by PEFT."
     )
     (saved / TENSORS).unlink()
     with pytest.raises(FileNotFoundError, match=f"has no {TENSORS}; expected a folder written by ft.save"):
