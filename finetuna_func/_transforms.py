@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
 
+from finetuna_func._levels import inside_transform
 from finetuna_func._types import Finetuned
 
 Gradients = dict[str, Tensor]
@@ -61,7 +61,7 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
                 )
             return loss, aux
 
-        if _inside_transform():
+        if inside_transform():
             loss, aux, grads = _any_order(loss_of, tuned)
             return ((loss, aux) if has_aux else loss), grads
         loss, aux, grads = _first_order(loss_of, tuned)
@@ -125,7 +125,7 @@ def stacked_value_and_grad(
                 )
             return losses.sum(), (losses, aux)
 
-        if _inside_transform():
+        if inside_transform():
             _, (losses, aux), grads = _any_order(sum_of_losses, stacked)
         else:
             _, (losses, aux), grads = _first_order(sum_of_losses, stacked)
@@ -167,11 +167,6 @@ def _any_order(
     remaining = iter(tensors)
     leaves = [next(remaining) if leaf is _A_TENSOR else leaf for leaf in around]
     return loss, torch_pytree.tree_unflatten(leaves, spec), grads
-
-
-def _inside_transform() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) or a forward-mode level is active."""
-    return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _finetune_position(function: str, args: tuple[Any, ...]) -> int:
