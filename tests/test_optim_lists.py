@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_optim import OPTIMIZERS, assert_close, assert_far, randn, run, stack_of, tree_of
+from test_optim import OPTIMIZERS, Calls, assert_close, assert_far, randn, run, stack_of, tree_of
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetuna_func import optim
 from finetuna_func.optim import _lists as lists
@@ -16,18 +15,6 @@ MAKERS = {name: make for name, make in OPTIMIZERS.items() if name != "masked"} |
     "decayed": lambda lr: optim.chain(optim.trace(0.5, nesterov=True), optim.adamw(lr, weight_decay=torch.tensor(0.1))),
     "rooted": lambda lr: optim.chain(optim.scale_by_adam(eps_root=1e-3), optim.scale_by_learning_rate(lr)),
 }
-
-
-class Calls(TorchDispatchMode):
-    """Counts operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

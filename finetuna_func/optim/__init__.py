@@ -26,6 +26,7 @@ fewer still. The values are the same.
 Source of the design: `optax <https://github.com/google-deepmind/optax>`_.
 """
 
+from finetuna_func.optim._adam8bit import ScaleByAdam8bitState, adamw8bit, scale_by_adam8bit
 from finetuna_func.optim._base import EmptyState, GradientTransformation
 from finetuna_func.optim._combinators import MaskedState, MultiStepsState, chain, masked, multi_steps
 from finetuna_func.optim._optimizers import adam, adamw, sgd
@@ -54,12 +55,14 @@ __all__ = [
     "LearningRate",
     "MaskedState",
     "MultiStepsState",
+    "ScaleByAdam8bitState",
     "ScaleByAdamState",
     "ScaleByLearningRateState",
     "Schedule",
     "TraceState",
     "adam",
     "adamw",
+    "adamw8bit",
     "add_decayed_weights",
     "apply_updates",
     "chain",
@@ -72,6 +75,7 @@ __all__ = [
     "multi_steps",
     "scale",
     "scale_by_adam",
+    "scale_by_adam8bit",
     "scale_by_learning_rate",
     "set_to_zero",
     "sgd",

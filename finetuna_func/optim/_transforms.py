@@ -181,21 +181,8 @@ def scale_by_adam(
     def update(updates: Params, state: ScaleByAdamState, params: Tree | None = None) -> Result[ScaleByAdamState]:
         check_like("scale_by_adam.update", updates, state.mu, "the params given to init")
         step = state.step + 1
-        # Once per dtype (in practice one), not per leaf.
-        corrections = {
-            dtype: (one_minus_power(b1, step, dtype), one_minus_power(b2, step, dtype))
-            for dtype in {mu.dtype for mu in state.mu.values()}
-        }
-        directions, mu, nu = {}, {}, {}
-        for names in lists.batches(state.mu):
-            dtype = state.mu[names[0]].dtype
-            g = [updates[name].to(dtype) for name in names]
-            m = lists.lerp([state.mu[name] for name in names], g, 1 - b1)
-            v = lists.addcmul(lists.mul([state.nu[name] for name in names], b2), g, g, 1 - b2)
-            direction = adam_direction(m, v, *corrections[dtype], eps, eps_root)
-            for result, leaves in ((directions, direction), (mu, m), (nu, v)):
-                result.update(zip(names, leaves, strict=True))
-        return in_order(directions), ScaleByAdamState(step, in_order(mu), in_order(nu))
+        directions, mu, nu = adam_leaves(updates, state.mu, state.nu, step, b1, b2, eps, eps_root)
+        return directions, ScaleByAdamState(step, mu, nu)
 
     return GradientTransformation(init, update)
 
@@ -331,6 +318,27 @@ def clip_by_global_norm(max_norm: float | Tensor) -> GradientTransformation:
         return times(where, factor, updates), ClipByGlobalNormState(norm)
 
     return GradientTransformation(init, update)
+
+
+def adam_leaves(
+    updates: Params, mu: Params, nu: Params, step: Tensor, b1: float, b2: float, eps: float, eps_root: float = 0.0
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Returns Adam's directions and new means for the leaves that ``mu`` names; ``step`` counts this one too."""
+    directions, new_mu, new_nu = {}, {}, {}
+    for names in lists.batches(mu):
+        dtype = mu[names[0]].dtype
+        g = [updates[name].to(dtype) for name in names]
+        m = lists.lerp([mu[name] for name in names], g, 1 - b1)
+        v = lists.addcmul(lists.mul([nu[name] for name in names], b2), g, g, 1 - b2)
+        direction = adam_direction(m, v, *corrections(b1, b2, step, dtype), eps, eps_root)
+        for result, leaves in ((directions, direction), (new_mu, m), (new_nu, v)):
+            result.update(zip(names, leaves, strict=True))
+    return in_order(directions), in_order(new_mu), in_order(new_nu)
+
+
+def corrections(b1: float, b2: float, step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns what the two means are divided by, so that the zeros they began with do not count."""
+    return one_minus_power(b1, step, dtype), one_minus_power(b2, step, dtype)
 
 
 def adam_direction(

@@ -69,5 +69,5 @@ def global_norm(tree: Tree, stacked: bool = False) -> Tensor:
             f"global_norm(stacked=True): the leading axes of the {len(leaves)} leaves are {sorted(sizes)}, "
             "expected the same (N,) for all; for one finetune, or an empty tree, pass stacked=False."
         )
-    norms = [norm(leaf.reshape(len(leaf), -1), dim=1, dtype=dtype) for leaf in leaves.values()]
-    return norm(torch.stack(norms), dim=0)
+    of_each = [norm(leaves[name].reshape(len(leaves[name]), -1), dim=1, dtype=dtype) for name in sorted(leaves)]
+    return norm(torch.stack(of_each), dim=0)
