@@ -15,7 +15,9 @@ has the leading axis N, slice i is the state of adapter i, and ``torch.func.vmap
 the same state gives the same values. (To map ``init`` itself, map it over ``tuned.params``.)
 
 **Precision.** Moments and updates are float32 for float32, bfloat16 and float16 params, and float64
-for float64; `apply_updates` adds in that precision and only then rounds to the dtype of the param.
+for float64; `apply_updates` adds in that precision and only then rounds to the dtype of the param,
+to the nearest or stochastically. `with_master_params` keeps float32 copies of bfloat16 params, and
+`adamw8bit` its moments in 8 bits.
 
 **Transforms.** Steps are counted in tensors and no tensor's value is ever read by Python, so
 ``vmap``, ``grad`` with respect to a learning rate and ``torch.compile`` all apply, and no step
@@ -30,6 +32,7 @@ from finetuna_func.optim._adam8bit import ScaleByAdam8bitState, adamw8bit, scale
 from finetuna_func.optim._base import EmptyState, GradientTransformation
 from finetuna_func.optim._combinators import MaskedState, MultiStepsState, chain, masked, multi_steps
 from finetuna_func.optim._optimizers import adam, adamw, sgd
+from finetuna_func.optim._rounding import MasterParamsState, with_master_params
 from finetuna_func.optim._schedules import Schedule, constant_schedule, linear_schedule, warmup_cosine_schedule
 from finetuna_func.optim._transforms import (
     ClipByGlobalNormState,
@@ -54,6 +57,7 @@ __all__ = [
     "GradientTransformation",
     "LearningRate",
     "MaskedState",
+    "MasterParamsState",
     "MultiStepsState",
     "ScaleByAdam8bitState",
     "ScaleByAdamState",
@@ -81,4 +85,5 @@ __all__ = [
     "sgd",
     "trace",
     "warmup_cosine_schedule",
+    "with_master_params",
 ]
