@@ -13,6 +13,7 @@ from importlib.metadata import version as _version
 
 from finetuna_func import _random as random
 from finetuna_func import optim
+from finetuna_func._accumulation import accumulate_gradients
 from finetuna_func._adapters import new_finetuned
 from finetuna_func._base import quantize_base_model
 from finetuna_func._functional import apply, apply_stacked
@@ -36,6 +37,7 @@ __all__ = [
     "Finetuned",
     "LinearAdapterConfig",
     "Params",
+    "accumulate_gradients",
     "apply",
     "apply_stacked",
     "causal_lm_loss",

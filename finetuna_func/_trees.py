@@ -94,6 +94,13 @@ def index(stacked: Finetuned, i: int) -> Finetuned:
     return Finetuned(params, consts, spec)
 
 
+def part_of_stack(stacked: Finetuned, start: int, stop: int) -> Finetuned:
+    """Returns finetunes ``start`` to ``stop`` of a stack as a stack: views, padded as the whole is."""
+    params = {name: leaf[start:stop] for name, leaf in stacked.params.items()}
+    consts = {name: leaf[start:stop] for name, leaf in stacked.consts.items()}
+    return Finetuned(params, consts, dataclasses.replace(stacked.spec, members=stacked.spec.members[start:stop]))
+
+
 def partition(tree: Tree, filter: Filter) -> tuple[Tree, Tree]:
     """Returns the leaves that pass the filter and the others, as two trees of the same type.
 
