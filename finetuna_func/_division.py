@@ -113,7 +113,6 @@ def chunks_of_stack(
     stacked: Finetuned = args[position]
     n = stacked.stack_size or 0
     function = f"stacked_value_and_grad(chunk_size={chunk_size})"
-    others = (*args[:position], *args[position + 1 :])
     if in_dims is None:
         dims: Any = tuple(
             torch_pytree.tree_map(
@@ -121,7 +120,7 @@ def chunks_of_stack(
                 arg,
                 is_leaf=lambda node: isinstance(node, (Base, Finetuned)),
             )
-            for arg in others
+            for arg in args
         )
         hint = (
             f"Without in_dims, every tensor among the positional arguments has one slice for each of the {n} "
@@ -140,15 +139,15 @@ def chunks_of_stack(
                 f"{function}: in_dims={in_dims!r} for {len(args)} positional arguments; expected an entry for each, "
                 f"and 0 for the stack, which is argument {position}."
             )
-        dims = tuple(entries[:position] + entries[position + 1 :])
+        dims = tuple(entries)
         hint = "in_dims says along which axis to cut, None for what all finetunes share."
-    divided = divide(function, others, dims, hint=hint)
+    divided = divide(function, args, dims, hint=hint)
     if divided.size is not None and divided.size != n:
         raise ValueError(f"{function}: the arguments have {divided.size} slices for {n} finetunes. {hint}")
     for start in range(0, n, chunk_size):
         stop = min(start + chunk_size, n)
         part = divided.part(start, stop)
-        yield (*part[:position], part_of_stack(stacked, start, stop), *part[position:])
+        yield (*part[:position], part_of_stack(stacked, start, stop), *part[position + 1 :])
 
 
 def joined_aux(parts: list[Any], sizes: list[int]) -> Any:

@@ -562,14 +562,14 @@ def test_chunk_errors(base):
         raises(
             ValueError, f"(chunk_size={size!r}): expected an integer of at least 1, or None", stacked, chunk_size=size
         )
-    raises(ValueError, "argument 0 has shape (3, 5), so 3 along axis 0", stacked, ids, torch.zeros(3, 5))
+    raises(ValueError, "argument 2 has shape (3, 5), so 3 along axis 0; expected 4", stacked, ids, torch.zeros(3, 5))
     raises(ValueError, "the arguments have 3 slices for 4 finetunes. Without in_dims, every", stacked, ids[:3])
-    raises(ValueError, "argument 1 has shape () and no axis 0. Without in_dims", stacked, ids, ft.random.key(0))
+    raises(ValueError, "argument 2 has shape () and no axis 0. Without in_dims", stacked, ids, ft.random.key(0))
     raises(ValueError, "a keyword argument is a 0-d int64 tensor, as a key is", stacked, ids, rng=ft.random.key(0))
     raises(ValueError, "in_dims=(0,) for 2 positional arguments", stacked, ids, in_dims=(0,))
     raises(ValueError, "and 0 for the stack, which is argument 1", ids, stacked, in_dims=(0, None))
-    raises(ValueError, "argument 0 has shape (4, 2, 5) and no axis 3", stacked, ids, in_dims=(0, 3))
-    raises(TypeError, "argument 0 holds a float, which has no axis", stacked, 1.5, in_dims=(0, 0))
+    raises(ValueError, "argument 1 has shape (4, 2, 5) and no axis 3", stacked, ids, in_dims=(0, 3))
+    raises(TypeError, "argument 1 holds a float, which has no axis", stacked, 1.5, in_dims=(0, 0))
     # What all share goes by keyword, or in a base, or is no tensor.
     losses, _ = ft.stacked_value_and_grad(whole, chunk_size=3)(stacked, base, "text", 1.5, None, shared=torch.zeros(3))
     assert losses.shape == (4,)
