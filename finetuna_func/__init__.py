@@ -25,6 +25,7 @@ from finetuna_func._transforms import stacked_value_and_grad, value_and_grad
 from finetuna_func._trees import combine, index, partition, stack, tree_at, unstack
 from finetuna_func._types import Base, EmbeddingAdapterConfig, Finetuned, LinearAdapterConfig, Params
 from finetuna_func.io import load, save
+from finetuna_func.store import Store
 
 try:
     __version__ = _version("finetuna_func")
@@ -37,6 +38,7 @@ __all__ = [
     "Finetuned",
     "LinearAdapterConfig",
     "Params",
+    "Store",
     "accumulate_gradients",
     "apply",
     "apply_stacked",
