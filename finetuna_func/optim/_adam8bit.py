@@ -31,6 +31,7 @@ from finetuna_func.optim._transforms import (
 )
 
 BLOCK = 256
+ZEROS = (127, 0)  # the codes of zero in the two maps
 _CHUNK = 1 << 22  # numbers out of their codes at a time, so that large leaves cost few bytes beside themselves
 
 
@@ -170,18 +171,23 @@ def scale_by_adam8bit(
             whole = max(1, _CHUNK // (BLOCK * max(1, step.numel())))  # blocks at a time
             parts: list[tuple[Tensor, ...]] = []
             for start in range(0, numbers, whole * BLOCK):
-                here, blocks = slice(start, start + whole * BLOCK), slice(start // BLOCK, start // BLOCK + whole)
+                here, there = slice(start, start + whole * BLOCK), slice(start // BLOCK, start // BLOCK + whole)
+                # All of it in blocks, the last one filled up with zeros, for which Adam's results are zeros too.
+                g = to_blocks(rows[..., here].to(dtype))
                 m, v = (
-                    dequantize_blocks(codes[..., here], absmax[..., blocks], code)
-                    for (codes, absmax), code in zip(flat, maps, strict=True)
+                    dequantize_blocks(to_blocks(codes[..., here], zero), absmax[..., there], code)
+                    for (codes, absmax), code, zero in zip(flat, maps, ZEROS, strict=True)
                 )
-                g = rows[..., here].to(dtype)
                 m, v = torch.lerp(m, g, 1 - b1), torch.addcmul(v * b2, g, g, value=1 - b2)
                 (direction,) = adam_direction([m], [v], *both, eps, 0.0)
-                parts.append((direction, *quantize_blocks(m, maps[0]), *quantize_blocks(v, maps[1], above_zero=True)))
+                m_codes, m_absmax = quantize_blocks(m, maps[0])
+                v_codes, v_absmax = quantize_blocks(v, maps[1], above_zero=True)
+                count = min(numbers - start, whole * BLOCK)
+                unblocked = [from_blocks(blocks, count) for blocks in (direction, m_codes, v_codes)]
+                parts.append((*unblocked, m_absmax, v_absmax))
             joined = [part[0] if len(part) == 1 else torch.cat(part, dim=-1) for part in zip(*parts, strict=True)]
-            directions[name], mu[name], nu[name] = (joined[i].reshape(shape) for i in (0, 1, 3))
-            mu_absmax[name], nu_absmax[name] = joined[2], joined[4]
+            directions[name], mu[name], nu[name] = (leaf.reshape(shape) for leaf in joined[:3])
+            mu_absmax[name], nu_absmax[name] = joined[3:]
         new = ScaleByAdam8bitState(
             step, in_order(mu), in_order(nu), in_order(mu_absmax), in_order(nu_absmax), state.code
         )
@@ -207,31 +213,36 @@ def dynamic_maps() -> Tensor:
     return torch.stack(maps)
 
 
-def quantize_blocks(x: Tensor, code: Tensor, above_zero: bool = False) -> tuple[Tensor, Tensor]:
-    """Returns the nearest codes, uint8 in the shape of ``x``, and the largest magnitude of each block.
+def to_blocks(x: Tensor, filling: int = 0) -> Tensor:
+    """Returns ``(..., numbers)`` as ``(..., blocks, 256)``, the last block filled up."""
+    return F.pad(x, (0, -x.shape[-1] % BLOCK), value=filling).unflatten(-1, (-1, BLOCK))
+
+
+def from_blocks(blocks: Tensor, numbers: int) -> Tensor:
+    """Returns the first numbers of ``(..., blocks, 256)``, ``(..., numbers)``, in memory of their own."""
+    return blocks.flatten(-2)[..., :numbers].contiguous()
+
+
+def quantize_blocks(blocks: Tensor, code: Tensor, above_zero: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns the nearest codes, uint8 in the shape of ``blocks``, and the largest magnitude of each block.
 
     Args:
-        x: ``(..., numbers)``; blocks of 256 go along the last axis, the last one may be shorter.
+        blocks: ``(..., 256)``, each with a scale of its own.
         code: ``(256,)``, ascending.
         above_zero: Whether what is above zero keeps a code above zero; ``code[0]`` is then 0.
     """
-    numbers = x.shape[-1]
-    blocks = F.pad(x, (0, -numbers % BLOCK)).unflatten(-1, (-1, BLOCK))
     absmax = blocks.abs().amax(-1)
     normed = blocks / absmax.masked_fill(absmax == 0, 1).unsqueeze(-1)
-    code = code.to(x.dtype)
+    code = code.to(blocks.dtype)
     codes = torch.bucketize(normed, (code[1:] + code[:-1]) / 2, out_int32=True)
     if above_zero:
         codes = codes + ((codes == 0) & (blocks > 0))
-    return codes.to(torch.uint8).flatten(-2)[..., :numbers].contiguous(), absmax
+    return codes.to(torch.uint8), absmax
 
 
 def dequantize_blocks(codes: Tensor, absmax: Tensor, code: Tensor) -> Tensor:
     """Returns the numbers that `quantize_blocks` put into codes, in the dtype of ``absmax``."""
-    numbers = codes.shape[-1]
-    values = F.embedding(codes.int(), code.to(absmax.dtype).unsqueeze(-1)).squeeze(-1)
-    blocks = F.pad(values, (0, -numbers % BLOCK)).unflatten(-1, (-1, BLOCK))
-    return (blocks * absmax.unsqueeze(-1)).flatten(-2)[..., :numbers]
+    return F.embedding(codes.int(), code.to(absmax.dtype).unsqueeze(-1)).squeeze(-1) * absmax.unsqueeze(-1)
 
 
 def _copies(tree: Params) -> dict[str, Tensor]:
