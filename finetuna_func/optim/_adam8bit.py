@@ -215,11 +215,18 @@ def dynamic_maps() -> Tensor:
 
 def to_blocks(x: Tensor, filling: int = 0) -> Tensor:
     """Returns ``(..., numbers)`` as ``(..., blocks, 256)``, the last block filled up."""
-    return F.pad(x, (0, -x.shape[-1] % BLOCK), value=filling).unflatten(-1, (-1, BLOCK))
+    missing = -x.shape[-1] % BLOCK
+    if missing:
+        x = torch.cat([x, x.new_full((*x.shape[:-1], missing), filling)], dim=-1)
+    return x.unflatten(-1, (-1, BLOCK))
 
 
 def from_blocks(blocks: Tensor, numbers: int) -> Tensor:
     """Returns the first numbers of ``(..., blocks, 256)``, ``(..., numbers)``, in memory of their own."""
+    if torch.compiler.is_compiling() and numbers % BLOCK:
+        # Inductor (torch 2.13, on the CPU) reads a scale of the wrong block where a loop over `numbers` computes the
+        # blocks by the way: as_strided makes it compute them before.
+        blocks = torch.as_strided(blocks, blocks.shape, blocks.stride())
     return blocks.flatten(-2)[..., :numbers].contiguous()
 
 

@@ -108,17 +108,22 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
     """Returns ``x`` rounded to one of its two neighbours in a 16-bit dtype, so that the mean over ``u`` is ``x``.
 
     Args:
-        x: In float32 or wider.
+        x: Taken in float32.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
         u: Uniform in ``[0, 1)``, multiples of 2 ** -24, in the shape of ``x``.
     """
-    near = x.to(dtype)
-    error = x - near.to(x.dtype)
-    # The neighbour on the other side of x: as integers, floats of one sign are in the order of their magnitudes.
-    step = torch.where(error != 0, 2 * (x.abs() > near.abs()).to(torch.int16) - 1, 0)
-    other = (near.view(torch.int16) + step.to(torch.int16)).view(dtype)
-    probability = error / (other.to(x.dtype) - near.to(x.dtype))
-    return torch.where(u < probability, other, near)
+    x = x.to(torch.float32)
+    # Adding a uniform number to the bits that are cut off carries into the others with the right probability. The
+    # difference of x and x rounded would be simpler, but compilers take the two casts for none.
+    cut = 16 if dtype == torch.bfloat16 else 13
+    bits = x.view(torch.int32) + (u * 2**cut).to(torch.int32)
+    rounded = (bits & -(1 << cut)).view(torch.float32)
+    if dtype == torch.float16:  # whose smallest numbers are multiples of 2 ** -24
+        multiple = x.abs() * 2.0**24
+        whole = torch.floor(multiple)
+        small = torch.copysign((whole + (u < multiple - whole)) * 2.0**-24, x)
+        rounded = torch.where(x.abs() < 2.0**-14, small, rounded)
+    return torch.where(x.isfinite(), rounded, x).to(dtype)
 
 
 def _with(params: Tree, leaves: Params) -> Tree:

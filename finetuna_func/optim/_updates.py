@@ -57,7 +57,10 @@ def apply_updates(
     leaves = as_tree("apply_updates", params)
     check_like("apply_updates", updates, leaves, "params")
     keys = _rounding_keys(params, rounding, rng)
-    dtypes = {name: torch.promote_types(wide_dtype(leaves[name]), updates[name].dtype) for name in sorted(leaves)}
+    dtypes = {
+        name: torch.float64 if updates[name].dtype == torch.float64 else wide_dtype(leaves[name])
+        for name in sorted(leaves)
+    }
     position = {name: i for i, name in enumerate(dtypes)}
     wide_leaves, new = {name: leaves[name].to(dtype) for name, dtype in dtypes.items()}, {}
     for names in lists.batches(wide_leaves):
