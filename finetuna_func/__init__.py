@@ -13,6 +13,7 @@ from importlib.metadata import version as _version
 
 from finetuna_func import _random as random
 from finetuna_func import optim
+from finetuna_func._accumulation import accumulate_gradients
 from finetuna_func._adapters import new_finetuned
 from finetuna_func._base import quantize_base_model
 from finetuna_func._functional import apply, apply_stacked
@@ -26,6 +27,7 @@ from finetuna_func._transforms import stacked_value_and_grad, value_and_grad
 from finetuna_func._trees import combine, index, partition, stack, tree_at, unstack
 from finetuna_func._types import Base, EmbeddingAdapterConfig, Finetuned, LinearAdapterConfig, Params
 from finetuna_func.io import load, save
+from finetuna_func.store import Store
 
 try:
     __version__ = _version("finetuna_func")
@@ -39,6 +41,8 @@ __all__ = [
     "LinearAdapterConfig",
     "MemoryReport",
     "Params",
+    "Store",
+    "accumulate_gradients",
     "apply",
     "apply_stacked",
     "causal_lm_loss",

@@ -39,7 +39,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
         >>> bool(fold_in(key(0), 1) == fold_in(key(0), 2))
         False
     """
-    return _mix(_mix(key + _GAMMA) ^ (data * _GAMMA if isinstance(data, Tensor) else _wrap(data * _GAMMA)))
+    return _mix(_mix(key + _GAMMA) ^ (_times_gamma(data) if isinstance(data, Tensor) else _wrap(data * _GAMMA)))
 
 
 def split(key: Tensor, num: int = 2) -> Tensor:
@@ -63,7 +63,7 @@ def uniform(key: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     for size in shape:
         count *= size
     counter = torch.arange(1, count + 1, device=key.device).reshape(shape)
-    bits = _mix(key + counter * _GAMMA)
+    bits = _mix(key + _times_gamma(counter))
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 
@@ -82,6 +82,13 @@ def _mix(z: Tensor) -> Tensor:
     z = (z ^ _shift(z, 30)) * _MIX_1
     z = (z ^ _shift(z, 27)) * _MIX_2
     return z ^ _shift(z, 31)
+
+
+def _times_gamma(z: Tensor) -> Tensor:
+    """Returns ``z * _GAMMA``, modulo 2 ** 64."""
+    # To inductor, a multiple of an arange is arithmetic of an index, which it writes as C++ on signed integers, whose
+    # overflow is undefined: on the CPU it then stores beyond the tensor. It does not look through an xor.
+    return (z ^ 0) * _GAMMA
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

@@ -7,14 +7,15 @@ inside another transform it is ``torch.func.grad_and_value``. The values are the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
 
+from finetuna_func._division import chunks_of_stack, joined_aux
+from finetuna_func._levels import inside_transform
 from finetuna_func._types import Finetuned
 
 Gradients = dict[str, Tensor]
@@ -47,7 +48,7 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
     """
 
     def value_and_grad_fn(*args: Any, **kwargs: Any) -> tuple[Any, Gradients]:
-        position = _finetune_position("value_and_grad", args)
+        position = finetune_position("value_and_grad", args)
         tuned: Finetuned = args[position]
         _check_trainable(tuned)
 
@@ -61,7 +62,7 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
                 )
             return loss, aux
 
-        if _inside_transform():
+        if inside_transform():
             loss, aux, grads = _any_order(loss_of, tuned)
             return ((loss, aux) if has_aux else loss), grads
         loss, aux, grads = _first_order(loss_of, tuned)
@@ -71,12 +72,19 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
 
 
 def stacked_value_and_grad(
-    loss_fn: Callable[..., Any], in_dims: Any = None, has_aux: bool = False
+    loss_fn: Callable[..., Any], in_dims: Any = None, has_aux: bool = False, chunk_size: int | None = None
 ) -> Callable[..., tuple[Any, Gradients]]:
     """Returns a function that gives N losses ``(N,)`` and the stacked gradients of a stack of finetunes.
 
     Equals ``vmap(value_and_grad(loss_fn))``, but as one first-order backward of the sum of the losses:
     finetune i's loss reads slice i alone, so the gradient of the sum is the stack of the gradients.
+
+    With a ``chunk_size`` of k, that is done for k finetunes after another, and only k finetunes'
+    activations are in memory at a time. The stack is cut, and so are positional arguments: with
+    ``in_dims`` where it says so; without, every tensor in them, which must then have a leading axis N.
+    Keyword arguments, a `Base`, and what is not a tensor go to each chunk as they are. A single key
+    for ``apply_stacked`` would be split anew in every chunk; pass N of them,
+    ``ft.random.split(key, N)``.
 
     Args:
         loss_fn: With ``in_dims=None``, a function of the whole stack that returns losses ``(N,)``
@@ -84,11 +92,15 @@ def stacked_value_and_grad(
             returns a scalar, which is mapped.
         in_dims: As for ``torch.func.vmap``: one entry per positional argument, 0 for the stack and
             for what differs between finetunes, ``None`` for what they share.
-        has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
+        has_aux: Whether ``loss_fn`` returns ``(loss, aux)``. With ``chunk_size``, tensors in ``aux``
+            have the leading axis of the losses, and are concatenated; all else must be equal in each chunk.
+        chunk_size: How many finetunes at a time, at least 1 (the last chunk may be smaller); ``None``
+            for all at once.
 
     Raises:
         TypeError: As for `value_and_grad`.
-        ValueError: Not a stack, or losses that are not ``(N,)``.
+        ValueError: Not a stack, losses that are not ``(N,)``, a ``chunk_size`` below 1, or with it an
+            argument or an ``aux`` that cannot be cut or joined.
 
     Example:
         >>> base, tuned = new_finetuned(tiny_model())
@@ -99,16 +111,13 @@ def stacked_value_and_grad(
         >>> losses.shape, grads["fc.lora_a"].shape
         (torch.Size([2]), torch.Size([2, 4, 8]))
     """
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(
+            f"stacked_value_and_grad(chunk_size={chunk_size!r}): expected an integer of at least 1, or None."
+        )
 
-    def stacked_value_and_grad_fn(*args: Any, **kwargs: Any) -> tuple[Any, Gradients]:
-        position = _finetune_position("stacked_value_and_grad", args)
+    def of_chunk(args: Sequence[Any], kwargs: dict[str, Any], position: int) -> tuple[Tensor, Any, Gradients]:
         stacked: Finetuned = args[position]
-        if stacked.stack_size is None:
-            raise ValueError(
-                "stacked_value_and_grad: expected a stack made by ft.stack([...]); for one finetune use value_and_grad."
-            )
-        _check_trainable(stacked)
-        n = stacked.stack_size
 
         def sum_of_losses(params: dict[str, Tensor]) -> tuple[Tensor, Any]:
             inputs = _replaced(args, position, stacked.replace(params=params))
@@ -117,18 +126,37 @@ def stacked_value_and_grad(
             else:
                 out = torch.func.vmap(lambda *a: loss_fn(*a, **kwargs), in_dims=in_dims)(*inputs)
             losses, aux = _loss_and_aux("stacked_value_and_grad", out, has_aux)
-            if losses.shape != (n,):
+            if losses.shape != (stacked.stack_size,):
                 raise ValueError(
-                    f"stacked_value_and_grad: the losses have shape {tuple(losses.shape)}, expected ({n},), one per "
-                    "finetune. With in_dims=None loss_fn gets the whole stack and must not average over its axis; "
-                    "give in_dims to map a loss of one finetune."
+                    f"stacked_value_and_grad: the losses have shape {tuple(losses.shape)}, expected "
+                    f"({stacked.stack_size},), one per finetune. With in_dims=None loss_fn gets the whole stack and "
+                    "must not average over its axis; give in_dims to map a loss of one finetune."
                 )
             return losses.sum(), (losses, aux)
 
-        if _inside_transform():
-            _, (losses, aux), grads = _any_order(sum_of_losses, stacked)
+        gradient = _any_order if inside_transform() else _first_order
+        _, (losses, aux), grads = gradient(sum_of_losses, stacked)
+        return losses, aux, grads
+
+    def stacked_value_and_grad_fn(*args: Any, **kwargs: Any) -> tuple[Any, Gradients]:
+        position = finetune_position("stacked_value_and_grad", args)
+        stacked: Finetuned = args[position]
+        if stacked.stack_size is None:
+            raise ValueError(
+                "stacked_value_and_grad: expected a stack made by ft.stack([...]); for one finetune use value_and_grad."
+            )
+        _check_trainable(stacked)
+        if chunk_size is None:
+            losses, aux, grads = of_chunk(args, kwargs, position)
         else:
-            _, (losses, aux), grads = _first_order(sum_of_losses, stacked)
+            chunks = [
+                of_chunk(part, kwargs, position)
+                for part in chunks_of_stack(args, kwargs, position, in_dims, chunk_size)
+            ]
+            losses = torch.cat([chunk[0] for chunk in chunks])
+            aux = joined_aux([chunk[1] for chunk in chunks], [len(chunk[0]) for chunk in chunks])
+            # Leaf by leaf, giving up the parts, so that the gradients are never there twice.
+            grads = {name: torch.cat([chunk[2].pop(name) for chunk in chunks]) for name in stacked.params}
         return ((losses, aux) if has_aux else losses), grads
 
     return stacked_value_and_grad_fn
@@ -169,12 +197,8 @@ def _any_order(
     return loss, torch_pytree.tree_unflatten(leaves, spec), grads
 
 
-def _inside_transform() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) or a forward-mode level is active."""
-    return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def _finetune_position(function: str, args: tuple[Any, ...]) -> int:
+def finetune_position(function: str, args: tuple[Any, ...]) -> int:
+    """Returns where the one finetune among the arguments is."""
     positions = [i for i, arg in enumerate(args) if isinstance(arg, Finetuned)]
     if len(positions) != 1:
         kinds = ", ".join(type(arg).__name__ for arg in args) or "nothing"
@@ -185,7 +209,7 @@ def _finetune_position(function: str, args: tuple[Any, ...]) -> int:
     return positions[0]
 
 
-def _replaced(args: tuple[Any, ...], position: int, tuned: Finetuned) -> tuple[Any, ...]:
+def _replaced(args: Sequence[Any], position: int, tuned: Finetuned) -> tuple[Any, ...]:
     return (*args[:position], tuned, *args[position + 1 :])
 
 

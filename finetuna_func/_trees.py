@@ -54,11 +54,10 @@ def stack(finetunes: Sequence[Finetuned]) -> Finetuned:
         if tuned.stack_size is not None:
             raise ValueError(f"stack: element {position} is itself a stack of {tuned.stack_size}; unstack it first.")
         _check_same_structure(finetunes[0], tuned, position)
-    params = {name: _pad_and_stack([t.params[name] for t in finetunes], name) for name in finetunes[0].params}
+    params = {name: pad_and_stack([t.params[name] for t in finetunes], name) for name in finetunes[0].params}
     constant_names = sorted({name for tuned in finetunes for name in tuned.consts})
     consts = {
-        name: _pad_and_stack([_constant(tuned, name, finetunes) for tuned in finetunes], name)
-        for name in constant_names
+        name: pad_and_stack([_constant(tuned, name, finetunes) for tuned in finetunes], name) for name in constant_names
     }
     members = tuple(tuned.spec for tuned in finetunes)
     return Finetuned(params, consts, dataclasses.replace(members[0], members=members))
@@ -92,6 +91,13 @@ def index(stacked: Finetuned, i: int) -> Finetuned:
     names = _constant_names(spec)
     consts = {name: _cut(leaf[i], name, ranks).clone() for name, leaf in stacked.consts.items() if name in names}
     return Finetuned(params, consts, spec)
+
+
+def part_of_stack(stacked: Finetuned, start: int, stop: int) -> Finetuned:
+    """Returns finetunes ``start`` to ``stop`` of a stack as a stack: views, padded as the whole is."""
+    params = {name: leaf[start:stop] for name, leaf in stacked.params.items()}
+    consts = {name: leaf[start:stop] for name, leaf in stacked.consts.items()}
+    return Finetuned(params, consts, dataclasses.replace(stacked.spec, members=stacked.spec.members[start:stop]))
 
 
 def partition(tree: Tree, filter: Filter) -> tuple[Tree, Tree]:
@@ -236,7 +242,8 @@ def _check_same_structure(first: Finetuned, other: Finetuned, position: int) -> 
             )
 
 
-def _pad_and_stack(leaves: list[Tensor], name: str) -> Tensor:
+def pad_and_stack(leaves: list[Tensor], name: str) -> Tensor:
+    """Returns leaves called ``name`` as one, those of smaller ranks padded with zeros."""
     dim = _rank_dim(name)
     if dim is not None:
         rank = max(leaf.shape[dim] for leaf in leaves)

@@ -128,7 +128,7 @@ def check_against_peft(
         zip(parameters, torch.autograd.grad(loss_on(logits), list(parameters.values()), allow_unused=True), strict=True)
     )
     assert_close(
-        ft.apply(base, tuned, tokens()).logits, logits.detach(), 1e-5, unlike=ft.apply(base, other, tokens()).logits
+        ft.apply(base, tuned, tokens()).logits, logits.detach(), 2e-5, unlike=ft.apply(base, other, tokens()).logits
     )
     mine, others, elsewhere = (
         gradients(base, t, ids) for t, ids in ((tuned, tokens()), (other, tokens()), (tuned, tokens(1)))

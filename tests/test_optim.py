@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetuna_func import optim
 from finetuna_func._types import Finetuned, Spec
@@ -94,6 +95,19 @@ def assert_far(actual: Any, expected: Any, **tolerance: float) -> None:
     """The partner of `assert_close`: it would have failed."""
     with pytest.raises(AssertionError, match=r"not close|not equal"):
         assert_close(actual, expected, **tolerance)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators called inside of it, and remembers their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.names = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 # --- Against torch.optim --------------------------------------------------------------------------
@@ -888,6 +902,6 @@ def test_adamw_without_decay_needs_no_params():
 
 def test_everything_public_is_documented_with_an_example():
     functions = [name for name in optim.__all__ if name[0].islower()]
-    assert len(functions) == 19
+    assert len(functions) == 22
     for name in functions:
         assert ">>> " in getattr(optim, name).__doc__, name

@@ -439,6 +439,177 @@ def test_stacked_has_aux(base):
         assert_close(aux, expected, FP32, unlike=expected.roll(1, 0))
 
 
+# --- stacked_value_and_grad, some finetunes at a time
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 5, 9])
+def test_chunks_give_the_same_gradients(base, chunk_size):
+    tuned, ids = finetunes(base, 5), ids_for(5, 2, 5)
+    stacked = ft.stack(tuned)
+    seen: list[int | None] = []
+
+    def whole(t: Finetuned, x: Tensor, *, power: float) -> tuple[Tensor, dict]:
+        seen.append(t.stack_size)
+        out = ft.apply_stacked(base, t, x)
+        return out.abs().pow(power).mean(dim=(1, 2, 3)), {"out": out, "power": power, "none": None}
+
+    def single(t: Finetuned, x: Tensor, shared: Tensor, *, power: float) -> tuple[Tensor, Tensor]:
+        out = ft.apply(base, t, x) * shared
+        return out.abs().pow(power).mean(), out
+
+    (losses, aux), grads = ft.stacked_value_and_grad(whole, has_aux=True)(stacked, ids, power=3.0)
+    del seen[:]
+    chunked = ft.stacked_value_and_grad(whole, has_aux=True, chunk_size=chunk_size)
+    (found, found_aux), found_grads = chunked(stacked, ids, power=3.0)
+    assert seen == [min(chunk_size, 5 - start) for start in range(0, 5, chunk_size)]
+    assert_close(found, losses, FP32, unlike=losses.roll(1, 0))
+    unlike = {name: g.roll(1, 0) for name, g in grads.items()}
+    # A product of fewer rows may be summed in another order: a few roundings of 6e-8.
+    assert_gradients_close(found_grads, grads, FP32, unlike=unlike)
+    assert_close(found_aux["out"], aux["out"], FP32, unlike=aux["out"].roll(1, 0))
+    assert (found_aux["power"], found_aux["none"]) == (3.0, None)
+    assert not any(g.requires_grad for g in found_grads.values()) and not found_aux["out"].requires_grad
+
+    one = torch.ones(5)  # as long as the stack, and shared all the same
+    arguments = (ids.movedim(0, 1), one[:, None], stacked)
+
+    def turned(x: Tensor, shared: Tensor, t: Finetuned) -> tuple[Tensor, Tensor]:
+        return single(t, x, shared, power=3.0)
+
+    mapped = ft.stacked_value_and_grad(turned, in_dims=(1, None, 0), has_aux=True, chunk_size=chunk_size)
+    (found, found_aux), found_grads = mapped(*arguments)
+    assert_close(found, losses, FP32, unlike=losses.roll(1, 0))
+    assert_gradients_close(found_grads, grads, FP32, unlike=unlike)
+    assert_close(found_aux, aux["out"], FP32, unlike=aux["out"].roll(1, 0))
+
+
+def test_chunks_of_ranks_dropout_and_keys(base):
+    """What belongs to a finetune, its scale, its rate and its key, goes with it."""
+    tuned = [
+        randomized(ft.new_finetuned(base, linear_config=LinearAdapterConfig(r=r, alpha=r + 1, dropout=0.1 * r)), r)
+        for r in (1, 2, 4, 3)
+    ]
+    stacked, ids, keys = ft.stack(tuned), ids_for(4, 2, 5), ft.random.split(ft.random.key(0), 4)
+
+    def loss_fn(t: Finetuned, batch: dict[str, Tensor], keys: Tensor) -> Tensor:
+        return ft.apply_stacked(base, t, batch["ids"], train=True, rng=keys).square().mean(dim=(1, 2, 3))
+
+    losses, grads = ft.stacked_value_and_grad(loss_fn)(stacked, {"ids": ids}, keys)
+    found, found_grads = ft.stacked_value_and_grad(loss_fn, chunk_size=3)(stacked, {"ids": ids}, keys)
+    assert_close(found, losses, FP32, unlike=losses.roll(1, 0))
+    assert_gradients_close(found_grads, grads, FP32, unlike={name: g.roll(1, 0) for name, g in grads.items()})
+    other, _ = ft.stacked_value_and_grad(loss_fn)(stacked, {"ids": ids}, keys.flip(0))
+    assert not torch.allclose(other, losses, rtol=1e-3)
+
+
+def test_chunks_inside_other_transforms(double):
+    _, base, tuned = double
+    stacked = ft.stack([tuned, randomized(tuned, 9), randomized(tuned, 8)])
+    x = torch.randn(3, 4, 3, dtype=torch.float64)
+
+    def loss_fn(t: Finetuned, x: Tensor) -> Tensor:
+        return ft.apply_stacked(base, t, x).abs().pow(2.0).mean(dim=(1, 2))
+
+    def norm(params, chunk_size):
+        _, grads = ft.stacked_value_and_grad(loss_fn, chunk_size=chunk_size)(stacked.replace(params=params), x)
+        return sum(g.square().sum() for g in grads.values())
+
+    params = dict(stacked.params)
+    expected = grad(lambda p: norm(p, None))(params)
+    assert_gradients_close(grad(lambda p: norm(p, 2))(params), expected, 1e-12, unlike=scaled(expected))
+    xs = torch.stack([x, x + 1])
+    mapped = vmap(ft.stacked_value_and_grad(loss_fn, chunk_size=2), in_dims=(None, 0))(stacked, xs)
+    for i in range(2):
+        losses, grads = ft.stacked_value_and_grad(loss_fn)(stacked, xs[i])
+        assert_close(mapped[0][i], losses, 1e-12, unlike=losses.flip(0))
+        assert_gradients_close({n: g[i] for n, g in mapped[1].items()}, grads, 1e-12, unlike=scaled(grads))
+
+
+def test_only_a_chunk_is_alive():
+    """Bytes alive at the peak, counted: of 8 finetunes' activations, those of 2."""
+    torch.manual_seed(0)
+    base = ft.quantize_base_model(llama(hidden_size=64, intermediate_size=128))
+    stacked, ids = ft.stack(finetunes(base, 8, plain_layers=())), ids_for(8, 2, 24)
+
+    def loss_fn(t: Finetuned, x: Tensor) -> Tensor:
+        return ft.apply_stacked(base, t, x).logits.square().mean(dim=(1, 2, 3))
+
+    peaks, grads = {}, {}
+    for size in (None, 2):
+        call = ft.stacked_value_and_grad(loss_fn, chunk_size=size)
+        call(stacked, ids)
+        with LiveBytes() as live:
+            _, grads[size] = call(stacked, ids)
+        peaks[size] = live.peak
+    assert_gradients_close(grads[2], grads[None], FP32, unlike=scaled(grads[None]))
+    kept = sum(g.nbytes for g in grads[2].values())
+    # A quarter of the activations, and all gradients, of which one leaf is there twice while it is joined.
+    assert peaks[2] < 0.3 * (peaks[None] - kept) + 1.3 * kept, (peaks, kept)
+    assert peaks[2] < 0.5 * peaks[None]
+
+
+def test_chunk_errors(base):
+    stacked, ids = ft.stack(finetunes(base, 4)), ids_for(4, 2, 5)
+
+    def whole(t: Finetuned, *args: object, **kwargs: object) -> Tensor:
+        return ft.apply_stacked(base, t, ids[: t.stack_size]).square().mean(dim=(1, 2, 3))
+
+    def raises(kind, text, *args, loss_fn=whole, in_dims=None, chunk_size=2, has_aux=False, **kwargs):
+        with pytest.raises(kind, match=re.escape(text)):
+            ft.stacked_value_and_grad(loss_fn, in_dims=in_dims, chunk_size=chunk_size, has_aux=has_aux)(*args, **kwargs)
+
+    for size in (0, -1, 1.5, True, "2"):
+        raises(
+            ValueError, f"(chunk_size={size!r}): expected an integer of at least 1, or None", stacked, chunk_size=size
+        )
+    raises(ValueError, "argument 2 has shape (3, 5), so 3 along axis 0; expected 4", stacked, ids, torch.zeros(3, 5))
+    raises(ValueError, "the arguments have 3 slices for 4 finetunes. Without in_dims, every", stacked, ids[:3])
+    raises(ValueError, "argument 2 has shape () and no axis 0. Without in_dims", stacked, ids, ft.random.key(0))
+    raises(ValueError, "a keyword argument is a 0-d int64 tensor, as a key is", stacked, ids, rng=ft.random.key(0))
+    raises(ValueError, "in_dims=(0,) for 2 positional arguments", stacked, ids, in_dims=(0,))
+    raises(ValueError, "and 0 for the stack, which is argument 1", ids, stacked, in_dims=(0, None))
+    raises(ValueError, "argument 1 has shape (4, 2, 5) and no axis 3", stacked, ids, in_dims=(0, 3))
+    raises(TypeError, "argument 1 holds a float, which has no axis", stacked, 1.5, in_dims=(0, 0))
+    # What all share goes by keyword, or in a base, or is no tensor.
+    losses, _ = ft.stacked_value_and_grad(whole, chunk_size=3)(stacked, base, "text", 1.5, None, shared=torch.zeros(3))
+    assert losses.shape == (4,)
+
+    def with_aux(aux):
+        return lambda t: (whole(t), aux(t))
+
+    raises(
+        ValueError,
+        "shapes [(), ()]; expected leading axes [2, 2]",
+        stacked,
+        loss_fn=with_aux(lambda t: whole(t).sum()),
+        has_aux=True,
+    )
+    raises(
+        ValueError,
+        "shapes [(3,), (3,)]; expected leading axes [3, 1]",
+        stacked,
+        chunk_size=3,
+        loss_fn=with_aux(lambda t: torch.zeros(3)),
+        has_aux=True,
+    )
+    count = iter(range(9))
+    raises(
+        ValueError,
+        "the chunks disagree about aux: (0, 1). Return",
+        stacked,
+        has_aux=True,
+        loss_fn=with_aux(lambda t: next(count)),
+    )
+    raises(
+        ValueError,
+        "the aux of two chunks differ in structure",
+        stacked,
+        chunk_size=3,
+        has_aux=True,
+        loss_fn=with_aux(lambda t: [0] * t.stack_size),
+    )
+
+
 def test_stacked_nested_in_torch_func(double):
     """The gradient of a gradient through the stack."""
     _, base, tuned = double
