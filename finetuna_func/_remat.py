@@ -56,7 +56,10 @@ def remat(fn: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(fn)
     def rematerialized(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():  # the compiler knows this one, and partitions its graph by it
-            return torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            if peek_interpreter_stack() is not None:  # and under torch.func inside of what it compiles, it does not
+                return fn(*args, **kwargs)
+            called = functools.partial(fn, **kwargs)
+            return torch.utils.checkpoint.checkpoint(called, *args, use_reentrant=False, preserve_rng_state=False)
         if torch.autograd.forward_ad._current_level >= 0:
             return fn(*args, **kwargs)
         leaves, spec = torch_pytree.tree_flatten((args, kwargs))
