@@ -17,8 +17,12 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.utils._pytree as torch_pytree
 import torch.utils.checkpoint
-from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack, unwrap_if_dead  # type: ignore[import-not-found]
+from torch import Tensor, nn
+from torch._C._functorch import (  # type: ignore[import-not-found]
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+    unwrap_if_dead,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,7 +36,7 @@ def remat(fn: Callable[P, R]) -> Callable[P, R]:
     Same values, same derivatives, of any order and under ``vmap``; the activations inside live while its
     own derivative is computed and at no other time. ``fn`` must be pure, and every tensor that it
     reads and that needs a derivative must be among its arguments (in any pytree): what it closes over
-    is a constant. Randomness is replayed if it comes from a key of ``ft.random``, not from torch's generator.
+    must be a constant. Randomness is replayed if it comes from a key of ``ft.random``, not from torch's generator.
     A call under forward-mode differentiation, which keeps nothing, runs ``fn`` as it is.
 
     Source: `Training Deep Nets with Sublinear Memory Cost <https://arxiv.org/abs/1604.06174>`_.
@@ -41,7 +45,9 @@ def remat(fn: Callable[P, R]) -> Callable[P, R]:
         fn: A pure function of pytrees, returning a pytree.
 
     Raises:
-        TypeError: ``fn`` is not callable.
+        TypeError: ``fn`` is not callable, or is a module, which reads parameters that are not among its arguments.
+        ValueError: ``fn`` closes over a tensor that needs a derivative, or that was made within a ``torch.func``
+            transform (seen where it is a variable of an enclosing function itself, or in a pytree that is).
 
     Example:
         >>> def fn(x):
@@ -52,13 +58,22 @@ def remat(fn: Callable[P, R]) -> Callable[P, R]:
     """
     if not callable(fn):
         raise TypeError(f"remat: expected a function, got {type(fn).__name__}.")
+    if isinstance(fn, nn.Module):
+        raise TypeError(
+            f"remat: {type(fn).__name__} is a module, whose parameters would get no gradient, since they are not among "
+            "its arguments. Pass a function of them: lambda params, x: torch.func.functional_call(module, params, x)."
+        )
 
     @functools.wraps(fn)
     def rematerialized(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():  # the compiler knows this one, and partitions its graph by it
-            return torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            if peek_interpreter_stack() is not None:  # and under torch.func inside of what it compiles, it does not
+                return fn(*args, **kwargs)
+            called = functools.partial(fn, **kwargs)
+            return torch.utils.checkpoint.checkpoint(called, *args, use_reentrant=False, preserve_rng_state=False)
         if torch.autograd.forward_ad._current_level >= 0:
             return fn(*args, **kwargs)
+        _check_closed_over(fn)
         leaves, spec = torch_pytree.tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         out_spec: Any = None
@@ -158,10 +173,29 @@ def _differentiable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def _check_closed_over(fn: Callable[..., Any]) -> None:
+    """Raises if a function closes over what it cannot: a derivative would be zero without a word."""
+    code = getattr(fn, "__code__", None)
+    for name, cell in zip(getattr(code, "co_freevars", ()), getattr(fn, "__closure__", None) or (), strict=False):
+        try:
+            leaves = torch_pytree.tree_leaves(cell.cell_contents)
+        except ValueError:  # not assigned yet
+            continue
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and (
+                is_functorch_wrapped_tensor(leaf) or (leaf.requires_grad and torch.is_grad_enabled())
+            ):
+                raise ValueError(
+                    f"remat: the function closes over {name!r}, which needs a derivative or was made within a "
+                    "torch.func transform; no derivative would reach it. Make it an argument, in any pytree (a "
+                    "Finetuned is one), or detach it where no transform is active."
+                )
+
+
 def _autocast_now() -> list[dict[str, Any]]:
-    """The autocast of this moment, since the backward pass runs outside of it."""
+    """The autocast of this moment, or that there is none, since the backward pass may run under another."""
     return [
-        {"device_type": device, "dtype": torch.get_autocast_dtype(device)}
+        {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
         for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
+        if device == "cpu" or torch.cuda.is_available()
     ]
