@@ -1,0 +1,117 @@
+"""Opening what is on disk: bases, tokenizers, adapters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import finetuna_func as ft
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Adapter(NamedTuple):
+    """An adapter and what to call it."""
+
+    name: str
+    tuned: ft.Finetuned
+
+
+def default_device() -> str:
+    """Returns ``cuda`` where there is one, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_base(path: Path, device: str | None = None) -> ft.Base:
+    """Returns the base in a folder: one that `finetuna quantize` wrote, or a model, quantized on the way."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"--base {path}: there is no such folder; finetuna quantize MODEL {path} makes it.")
+    return _load(path).to(device or default_device())
+
+
+def _load(path: Path, **options: Any) -> ft.Base:
+    if hasattr(ft, "load_base"):
+        return ft.load_base(path, **options)  # type: ignore[attr-defined]
+    from transformers import AutoModelForCausalLM
+
+    saved = path / "finetuna_base.json"
+    settings = json.loads(saved.read_text("utf-8")) if saved.is_file() else {}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=options.pop("dtype", None) or "auto")
+    return ft.quantize_base_model(model.eval(), **settings, **options)
+
+
+def write_base(model: Path, out: Path, **options: Any) -> ft.Base:
+    """Writes the base of a model to a new folder, and returns it."""
+    if hasattr(ft, "load_base"):
+        base = ft.load_base(model, **options)  # type: ignore[attr-defined]
+        ft.save_base(out, base)  # type: ignore[attr-defined]
+        return base
+    base = _load(model, **options)
+    shutil.copytree(model, out)
+    (out / "finetuna_base.json").write_text(json.dumps({k: v for k, v in options.items() if k == "scheme"}))
+    return base
+
+
+def open_tokenizer(path: Path) -> Any:
+    """Returns the tokenizer in a folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path}: there is no tokenizer that can be read; copy the model's tokenizer files into it. ({error})"
+        ) from error
+
+
+def stop_ids(base: ft.Base, tokenizer: Any) -> set[int]:
+    """Returns the ids that end an answer, by the tokenizer and by the model's own settings."""
+    config = getattr(base.skeleton.module(), "generation_config", None)
+    found = {tokenizer.eos_token_id}
+    for own in (getattr(config, "eos_token_id", None),):
+        found |= set(own) if isinstance(own, (list, tuple)) else {own}
+    return {i for i in found if i is not None}
+
+
+def open_adapters(base: ft.Base, paths: Sequence[Path]) -> list[Adapter]:
+    """Returns adapters, named after their folders, or after their paths where folders have the same name."""
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    for path in paths:
+        if not path.is_dir():
+            raise FileNotFoundError(f"--adapter {path}: there is no such folder; expected one of a finished run.")
+    return [Adapter(name, ft.load(path, base)) for name, path in zip(names, paths, strict=True)]
+
+
+def stacks(adapters: Sequence[Adapter]) -> list[list[int]]:
+    """Returns which adapters go into one stack each: those that adapt the same layers in the same way."""
+    groups: dict[Any, list[int]] = {}
+    for i, (_, tuned) in enumerate(adapters):
+        layers = tuple((own.path, own.kind) for own in tuned.spec.adapters)
+        dtypes = tuple((name, leaf.dtype) for name, leaf in tuned.params.items())
+        groups.setdefault((layers, dtypes, tuned.spec.quantized), []).append(i)
+    return list(groups.values())
+
+
+def untrained(base: ft.Base) -> ft.Finetuned:
+    """Returns a finetune that computes what the base computes: a fresh adapter on one layer."""
+    from finetuna_func.train import linear_layers
+
+    return ft.new_finetuned(base, linear_layers(base)[:1], (), linear_config=ft.LinearAdapterConfig(r=1))
