@@ -492,7 +492,8 @@ def save_state(path: str | os.PathLike[str], state: TrainState, **metadata: str)
     """
     target = Path(path)
     tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in _named_leaves(state).items()}
-    content = to_safetensors(tensors, {"step": json.dumps(state.step), **metadata})
+    # Under one name, since safetensors writes several in any order, and the same state is to be the same file.
+    content = to_safetensors(tensors, {"run": json.dumps({"step": state.step, **metadata})})
     staging = target.with_name(f".{target.name}.new")
     with staging.open("wb") as file:
         file.write(content)
@@ -517,10 +518,10 @@ def load_state(path: str | os.PathLike[str], like: TrainState) -> tuple[TrainSta
         raise FileNotFoundError(f"load_state: there is no file {path}.")
     try:
         with safe_open(str(path), "pt") as file:
-            metadata = dict(file.metadata() or {})
+            metadata = dict(json.loads((file.metadata() or {})["run"]))
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        step = json.loads(metadata.pop("step"))
-    except (SafetensorError, KeyError, ValueError) as error:
+        step = int(metadata.pop("step"))
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"load_state: {path} is not a readable state: {error}") from error
     leaves = _named_leaves(like)
     if differing := sorted(found.keys() ^ leaves.keys()):

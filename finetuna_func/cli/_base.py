@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,16 @@ def open_base(path: Path, device: str | None = None) -> ft.Base:
     return _load(path).to(device or default_device())
 
 
+def quiet_transformers() -> None:
+    """Turns off transformers' bars where nobody sees them move."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
 def _load(path: Path, **options: Any) -> ft.Base:
+    quiet_transformers()
     if hasattr(ft, "load_base"):
         return ft.load_base(path, **options)  # type: ignore[attr-defined]
     from transformers import AutoModelForCausalLM
@@ -64,7 +74,8 @@ def write_base(model: Path, out: Path, **options: Any) -> ft.Base:
         return base
     base = _load(model, **options)
     shutil.copytree(model, out)
-    (out / "finetuna_base.json").write_text(json.dumps({k: v for k, v in options.items() if k == "scheme"}))
+    kept = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items() if name != "device"}
+    (out / "finetuna_base.json").write_text(json.dumps(kept))
     return base
 
 

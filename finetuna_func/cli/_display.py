@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -81,6 +81,8 @@ class Display:
 
     def line(self, report: Report) -> str:
         """Returns what has changed, for a log."""
+        if len(self.tasks) > 6:
+            return self.short_line(report)
         parts = []
         for i, task in enumerate(self.tasks):
             if report.tokens[i]:
@@ -89,6 +91,17 @@ class Display:
                 if self.status[i] != RUNNING:
                     parts[-1] += f" {STATUS_NAMES[self.status[i]]}"
         return escape(f"step {report.step}/{self.longest}: {', '.join(parts)}; {self.speed()}")
+
+    def short_line(self, report: Report) -> str:
+        """Returns the same of many adapters."""
+        running = sum(status == RUNNING for status in self.status)
+        losses = report.losses[~report.losses.isnan()]
+        text = f"step {report.step}/{self.longest}: {running} of {len(self.tasks)} running, "
+        text += f"loss {float(losses.min()):.3f} to {float(losses.max()):.3f}"
+        held_out = [(loss, task.name) for loss, task in zip(self.held_out, self.tasks, strict=True) if loss == loss]
+        if held_out:
+            text += ", best held out {:.3f} ({})".format(*min(held_out))
+        return escape(f"{text}; {self.speed()}")
 
     def loss(self, i: int) -> str:
         """Returns the running mean of an adapter's loss."""
@@ -105,7 +118,9 @@ class Display:
         ends = max(total if own == RUNNING else 0 for total, own in zip(self.totals, self.status, strict=True))
         left = elapsed / max(1, step - self.first) * max(0, ends - step)
         caption = f"{self.speed()}   {_clock(elapsed)} gone, {_clock(left)} left"
-        table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+        table = Table(
+            box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
+        )
         for heading in ("adapter", "", "step", "loss", "held out", "rate", "tok/s", ""):
             # Wide enough for what comes, so that columns stay where they are.
             width = {"step": 2 * len(str(self.longest)) + 1, "loss": 6, "held out": 8, "rate": 7, "tok/s": 6}
@@ -113,8 +128,9 @@ class Display:
             table.add_column(
                 heading,
                 justify="left" if left_aligned else "right",
-                min_width=width.get(heading),
-                no_wrap=heading != "adapter",
+                min_width=width.get(heading, 7 if heading else None),
+                overflow="ellipsis",
+                no_wrap=True,
             )
         for i, task in enumerate(self.tasks):
             style = "green" if self.status[i] == FINISHED else "yellow" if self.status[i] == STOPPED else "cyan"
@@ -144,9 +160,19 @@ def table_of(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]],
         box=box.ROUNDED,
     )
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+        table.add_column(heading, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def facts_of(title: str, facts: Mapping[str, object]) -> Table:
+    """Returns a table of names and values."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, escape(str(value)))
     return table
 
 

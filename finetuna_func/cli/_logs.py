@@ -47,7 +47,7 @@ class Logs:
             if not int(report.tokens[i]):
                 continue
             values = [float(leaf[i]) for leaf in (report.losses, report.held_out, report.rates, report.norms)]
-            cells = ["" if math.isnan(value) else repr(value) for value in values]
+            cells = ["" if math.isnan(value) else f"{value:.9g}" for value in values]  # as exact as float32
             self._writer.writerow([report.step, name, *cells, int(report.tokens[i]), f"{seconds:.3f}"])
             if self._events is not None:
                 for tag, value in zip(("loss", "held_out", "learning_rate", "grad_norm"), values, strict=True):

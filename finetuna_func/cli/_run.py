@@ -120,7 +120,8 @@ class Finished:
 
 def settled(ctx: typer.Context) -> tuple[dict[str, Any], bool]:
     """Returns the options of this call, or of the run that it resumes, and whether it does."""
-    given = {name: _plain(value) for name, value in ctx.params.items() if name not in ("config", "resume")}
+    names = [own.name for own in ctx.command.params if own.name in ctx.params]
+    given = {name: _plain(ctx.params[name]) for name in names if name not in (None, "config", "resume")}
     if not given["out"]:
         raise typer.BadParameter("missing; the new folder for the run.", param_hint="--out")
     out = Path(given["out"])
@@ -135,12 +136,12 @@ def settled(ctx: typer.Context) -> tuple[dict[str, Any], bool]:
                     param_hint=_flag(name),
                 )
         return begun, True
-    for name, what in (("base", "the folder of the base"), ("data", "a file to train on")):
-        if not given[name]:
-            raise typer.BadParameter(f"missing; {what}.", param_hint=_flag(name))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         hint = "go on with --resume, or choose another" if saved.is_file() else "choose another"
         raise typer.BadParameter(f"{out} exists and is not empty; {hint}.", param_hint="--out")
+    for name, what in (("base", "the folder of the base"), ("data", "a file to train on")):
+        if not given[name]:
+            raise typer.BadParameter(f"missing; {what}.", param_hint=_flag(name))
     given["device"] = given["device"] or default_device()
     return given, False
 
@@ -235,7 +236,10 @@ def execute(values: Mapping[str, Any], config: RunConfig, console: Console) -> F
         patience=config.patience,
         pad_id=tokenizer.pad_token_id or 0,
     )
-    state = start(tasks, fresh(base, tasks, config.adapt or None, config.plain))
+    try:
+        state = start(tasks, fresh(base, tasks, config.adapt or None, config.plain))
+    except ValueError as error:  # the library speaks of its own arguments
+        raise ValueError(str(error).replace("adapt_layers", "--adapt").replace("plain_layers", "--plain")) from error
     save_options(config.out, values)
     with _alone(config.out):
         state = _train(base, config, tasks, settings, state, console)
@@ -334,15 +338,19 @@ def _tasks(config: RunConfig, tokenizer: Any, console: Console) -> list[Task]:
                 seed=config.seed[i],
             )
         )
+    _show_data(tasks, console)
+    return tasks
+
+
+def _show_data(tasks: list[Task], console: Console) -> None:
     rows = []
-    for task in tasks[:20]:
+    for task in tasks:
         tokens = sum(sample.targets for row in task.rows for sample in row)
         held_out = str(len(task.held_out)) if task.held_out else "–"
-        rows.append([escape(task.name), str(len(task.rows)), f"{tokens:,}", held_out])
-    if len(rows) < len(tasks):
-        rows.append([f"... {len(tasks) - len(rows)} more", "", "", ""])
+        rows.append([escape(task.name), f"{len(task.rows):,}", f"{tokens:,}", held_out])
+    if len({tuple(row[1:]) for row in rows}) == 1 < len(rows):
+        rows = [[f"all {len(rows)}", *rows[0][1:]]]
     console.print(table_of("", ["adapter", "rows", "tokens to learn", "rows held out"], rows))
-    return tasks
 
 
 def _summary(config: RunConfig, tasks: list[Task], state: TrainState) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import typer
 import finetuna_func as ft
 from finetuna_func.cli import _options as o
 from finetuna_func.cli._app import app, console
-from finetuna_func.cli._base import TOKENIZER_FILES, open_adapters, open_base
+from finetuna_func.cli._base import TOKENIZER_FILES, open_adapters, open_base, quiet_transformers
 from finetuna_func.cli._logs import write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,6 +76,7 @@ def write_model(folder: Path, base: ft.Base, weights: Mapping[str, torch.Tensor]
         )
     from transformers import AutoModelForCausalLM
 
+    quiet_transformers()
     config = type(module.config).from_dict(module.config.to_dict())
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])

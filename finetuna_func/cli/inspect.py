@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetuna_func.cli._app import app, console
 from finetuna_func.cli._base import open_base
-from finetuna_func.cli._display import table_of
+from finetuna_func.cli._display import facts_of
 
 
 class Leaf(NamedTuple):
@@ -45,7 +45,7 @@ def inspect(
         title, facts, leaves = _adapter(path)
     else:
         title, facts, leaves = _base(path)
-    console().print(table_of(title, ["", ""], [[name, escape(str(value))] for name, value in facts.items()]))
+    console().print(facts_of(title, facts))
     console().print(_tree(path.name or str(path), leaves if every else _folded(leaves)))
 
 
@@ -145,26 +145,34 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _tree(name: str, leaves: Mapping[str, Leaf]) -> Tree:
-    total = sum(leaf.nbytes for leaf in leaves.values())
-    root = Tree(f"[bold]{escape(name)}[/] [dim]{total:,} bytes[/]")
-    sizes: dict[str, int] = {}
+    """The leaves by their dotted names; a part that has one part only is written with it."""
+    nested: dict[str, Any] = {}
     for path, leaf in leaves.items():
-        parts = path.split(".")
-        for i in range(1, len(parts)):
-            prefix = ".".join(parts[:i])
-            sizes[prefix] = sizes.get(prefix, 0) + leaf.nbytes
-    nodes = {"": root}
-    for path, leaf in leaves.items():
-        parts = path.split(".")
-        for i in range(1, len(parts)):
-            prefix, parent = ".".join(parts[:i]), ".".join(parts[: i - 1])
-            if prefix not in nodes:
-                label = f"[cyan]{escape(parts[i - 1])}[/] [dim]{sizes[prefix]:,}[/]"
-                nodes[prefix] = nodes[parent].add(label)
-        shape = " × ".join(map(str, leaf.shape)) or "scalar"
-        scheme = f" [green]{leaf.scheme}[/]" if leaf.scheme else ""
-        nodes[".".join(parts[:-1])].add(f"{escape(parts[-1])} {leaf.dtype} {shape} [dim]{leaf.nbytes:,}[/]{scheme}")
+        *above, own = path.split(".")
+        node = nested
+        for part in above:
+            node = node.setdefault(part, {})
+        node[own] = leaf
+    root = Tree(f"[bold]{escape(name)}[/] [dim]{_nbytes(nested):,} bytes[/]")
+    _grow(root, nested)
     return root
+
+
+def _grow(tree: Tree, nested: Mapping[str, Any]) -> None:
+    for part, below in nested.items():
+        while isinstance(below, dict) and len(below) == 1:
+            ((own, below),) = below.items()
+            part = f"{part}.{own}"
+        if isinstance(below, dict):
+            _grow(tree.add(f"[cyan]{escape(part)}[/] [dim]{_nbytes(below):,}[/]"), below)
+        else:
+            shape = " × ".join(map(str, below.shape)) or "scalar"
+            scheme = f" [green]{below.scheme}[/]" if below.scheme else ""
+            tree.add(f"{escape(part)} {below.dtype} {shape} [dim]{below.nbytes:,}[/]{scheme}")
+
+
+def _nbytes(nested: Any) -> int:
+    return sum(map(_nbytes, nested.values())) if isinstance(nested, dict) else nested.nbytes
 
 
 def _count(shape: tuple[int, ...]) -> int:

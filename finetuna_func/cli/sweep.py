@@ -140,10 +140,9 @@ def report(finished: Finished, values: dict[str, Any]) -> None:
     headings = ["", "adapter", "rate", "rank", "alpha", "dropout", "seed", "held out", "perplexity", "status"]
     best = [[f"[bold green]{escape(cell)}[/]" for cell in row] for row in rows[:1]]
     shown = best + [[escape(cell) for cell in row] for row in rows[1:]]
-    # What is the same for all is said once, by the options.
-    varying = [k for k in range(len(headings)) if k in (0, 1, 7, 8, 9) or len({row[k] for row in rows}) > 1]
+    columns = (0, 1, 7, 8, 9)  # the name says the rest
     title = "From best to worst on what is held out"
-    console().print(table_of(title, [headings[k] for k in varying], [[row[k] for k in varying] for row in shown]))
+    console().print(table_of(title, [headings[k] for k in columns], [[row[k] for k in columns] for row in shown]))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["place", *headings[1:]])
