@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-import torch.nn.functional as F
 import torch.utils._pytree as torch_pytree
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
@@ -35,7 +34,8 @@ from torch import Tensor
 
 from finetuna_func import _random, optim
 from finetuna_func._adapters import new_finetuned
-from finetuna_func._functional import apply, apply_stacked
+from finetuna_func._functional import apply
+from finetuna_func._losses import causal_lm_loss
 from finetuna_func._transforms import stacked_value_and_grad
 from finetuna_func._trees import stack, unstack
 from finetuna_func._types import Base, EmbeddingAdapterConfig, Finetuned, LinearAdapterConfig, Selector
@@ -104,6 +104,8 @@ class Settings:
         eval_every: Steps between evaluations on what is held out; there is one at the end of each adapter too.
         patience: Stop an adapter after so many evaluations without improvement; ``None`` never does.
         pad_id: Any token id that the model knows.
+        remat: Whether the blocks' activations are computed again in the backward pass, for less memory.
+        compile: Whether the blocks go through ``torch.compile`` in training, for less time after the first steps.
     """
 
     batch_size: int = 4
@@ -112,6 +114,8 @@ class Settings:
     eval_every: int = 100
     patience: int | None = None
     pad_id: int = 0
+    remat: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "eval_every"):
@@ -334,7 +338,9 @@ def _losses_and_gradients(
         rng = _random.fold_in(keys, micro)
 
         def loss_fn(stacked: Finetuned, batch: Batch = batch, share: Tensor = share, rng: Tensor = rng) -> Tensor:
-            own = token_losses(base, stacked, batch, packed=packed, train=True, rng=rng)
+            own = token_losses(
+                base, stacked, batch, packed=packed, train=True, rng=rng, remat=settings.remat, compile=settings.compile
+            )
             return own * share.to(own)
 
         part, own = stacked_value_and_grad(loss_fn)(stacked)
@@ -344,20 +350,33 @@ def _losses_and_gradients(
 
 
 def token_losses(
-    base: Base, stacked: Finetuned, batch: Batch, *, packed: bool, train: bool = False, rng: Tensor | None = None
+    base: Base,
+    stacked: Finetuned,
+    batch: Batch,
+    *,
+    packed: bool,
+    train: bool = False,
+    rng: Tensor | None = None,
+    remat: bool = False,
+    compile: bool = False,
 ) -> Tensor:
     """Returns each adapter's mean loss over the tokens it learns, ``(N,)``, in nats; 0 if there is none."""
     device = next(iter(stacked.params.values())).device
     batch = batch.to(device)
-    rng = None if rng is None else rng.to(device)
     # Without positions, models that know of none work too.
-    positions = {"position_ids": batch.position_ids} if packed else {}
-    logits = apply_stacked(base, stacked, input_ids=batch.input_ids, train=train, rng=rng, **positions).logits
-    targets = batch.labels[..., 1:]
-    losses = F.cross_entropy(
-        logits[..., :-1, :].flatten(0, -2).float(), targets.flatten(), reduction="none", ignore_index=IGNORED
+    positions: dict[str, Any] = {"position_ids": batch.position_ids} if packed else {}
+    return causal_lm_loss(
+        base,
+        stacked,
+        batch.input_ids,
+        batch.labels,
+        ignore_index=IGNORED,
+        train=train,
+        rng=None if rng is None else rng.to(device),
+        remat="blocks" if remat else None,
+        compile="blocks" if compile else None,
+        **positions,
     )
-    return losses.view(len(targets), -1).sum(1) / batch.targets.clamp_min(1)
 
 
 @torch.no_grad()
@@ -453,9 +472,9 @@ def probe(base: Base, *, packed: bool = False) -> None:
     first, second = torch.arange(1, 6), torch.arange(6, 11)
     device = next(iter(base.params.values())).device
 
-    def logits(ids: Tensor, **kwargs: Any) -> Tensor:
-        kwargs = {name: leaf[None].to(device) for name, leaf in {"input_ids": ids, **kwargs}.items()}
-        return apply(base, None, **kwargs).logits[0].double()
+    def logits(ids: Tensor, **kwargs: Tensor) -> Tensor:
+        inputs: dict[str, Any] = {name: leaf[None].to(device) for name, leaf in {"input_ids": ids, **kwargs}.items()}
+        return apply(base, None, **inputs).logits[0].double()
 
     def same(a: Tensor, b: Tensor) -> bool:
         return bool((a - b).norm() <= max(1e-3, 4 * torch.finfo(base.skeleton.dtype).eps) * b.norm())

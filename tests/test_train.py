@@ -176,6 +176,12 @@ def test_accumulating_is_the_same_as_a_large_batch(base, tasks):
         assert a.tokens.equal(c.tokens)
 
 
+def test_remat_is_the_same_training(base, tasks):
+    plain, again = (run(base, tasks, dataclasses.replace(SETTINGS, remat=remat)) for remat in (False, True))
+    for (_, a), (_, b) in zip(plain, again, strict=True):
+        torch.testing.assert_close(a.losses, b.losses, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
 def test_dropout_is_on_while_training_and_off_in_evaluation(base):
     rows = alone(samples(1, 4))
     with_it, without = (Task("a", rows, rows, config(2, dropout=p), 0.05, steps=3) for p in (0.5, 0.0))

@@ -122,6 +122,10 @@ ScheduleOption = Annotated[ScheduleName, _option("Steps", "How the rate falls af
 WarmupOption = Annotated[float, _option("Steps", "Share of the steps in which the rate rises.")]
 DecayOption = Annotated[float, _option("Steps", "Decoupled weight decay.")]
 ClipOption = Annotated[float, _option("Steps", "Limit of each adapter's gradient norm; `inf` for none.")]
+RematOption = Annotated[
+    bool, _option("Steps", "Compute activations again in the backward pass: less memory, more time.")
+]
+CompileOption = Annotated[bool, _option("Steps", "Compile the model's blocks: slow first steps, then faster ones.")]
 PackOption = Annotated[bool, _option("Data", "Put several short examples in a row; they do not see one another.")]
 CompletionOption = Annotated[
     bool, _option("Data", "Learn only completions and the assistant's turns, or every token of prompts too.")

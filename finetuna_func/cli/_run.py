@@ -99,6 +99,8 @@ class RunConfig:
     warmup: float
     weight_decay: float
     clip: float
+    remat: bool
+    compile: bool
     pack: bool
     completion_only: bool
     save_every: int
@@ -235,6 +237,8 @@ def execute(values: Mapping[str, Any], config: RunConfig, console: Console) -> F
         eval_every=config.eval_every or max(1, longest // 10),
         patience=config.patience,
         pad_id=tokenizer.pad_token_id or 0,
+        remat=config.remat,
+        compile=config.compile,
     )
     try:
         state = start(tasks, fresh(base, tasks, config.adapt or None, config.plain))

@@ -55,6 +55,8 @@ def sweep(
     warmup: o.WarmupOption = 0.05,
     weight_decay: o.DecayOption = 0.0,
     clip: o.ClipOption = 1.0,
+    remat: o.RematOption = False,
+    compile: o.CompileOption = False,
     eval_data: Annotated[
         Path | None, o._option("Evaluation", "File to evaluate on, in place of --eval-fraction.", "--eval-data")
     ] = None,

@@ -51,6 +51,8 @@ def train(
     warmup: o.WarmupOption = 0.05,
     weight_decay: o.DecayOption = 0.0,
     clip: o.ClipOption = 1.0,
+    remat: o.RematOption = False,
+    compile: o.CompileOption = False,
     eval_data: o.EvalDataOption = None,
     eval_fraction: Annotated[float, o._option("Evaluation", "Share of the examples to hold out.")] = 0.0,
     eval_every: o.EvalEveryOption = None,
