@@ -149,8 +149,10 @@ class Display:
         return table
 
 
-def table_of(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
-    """Returns a table, its first column on the left and the others on the right; cells are markup."""
+def table_of(
+    title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None, *, left: int = 1
+) -> Table:
+    """Returns a table, its first columns aligned on the left and the others on the right; cells are markup."""
     table = Table(
         title=title,
         title_justify="left",
@@ -160,7 +162,7 @@ def table_of(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]],
         box=box.ROUNDED,
     )
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
+        table.add_column(heading, justify="right" if i >= left else "left", overflow="fold", no_wrap=i > 0)
     for row in rows:
         table.add_row(*row)
     return table

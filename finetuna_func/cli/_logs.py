@@ -112,23 +112,25 @@ def plot_curves(lines: Sequence[Line], names: Sequence[str], path: Path, title: 
     """Writes a picture of the losses by step; an adapter has the same colour in training and evaluation."""
     figure = Figure(figsize=(9, 5), layout="constrained", dpi=120)
     axes = figure.add_subplot()
+    few = len(names) <= len(COLOURS)
+    dots = {"marker": "o", "markersize": 6 if few else 3, "markeredgecolor": "w" if few else "none", "linestyle": "--"}
     for name, colour in zip(names, colours(len(names)), strict=True):
         own = [line for line in lines if line.adapter == name]
         steps, losses = [line.step for line in own], [line.loss for line in own]
         measured = [(line.step, line.held_out) for line in own if not math.isnan(line.held_out)]
-        if len(names) <= len(COLOURS):
+        if few:
             axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
         axes.plot(steps, smooth(losses), color=colour, linewidth=1.8, label=name)
         if measured:
-            axes.plot(*zip(*measured, strict=True), "o--", color=colour, markeredgecolor="w", linewidth=1)
+            axes.plot(*zip(*measured, strict=True), color=colour, linewidth=1, **dots)
     if any(not math.isnan(line.held_out) for line in lines):
-        axes.plot([], [], "o--", color="0.4", markeredgecolor="w", linewidth=1, label="held out")
+        axes.plot([], [], color="0.4", linewidth=1, label="held out", **dots)
     axes.set_title(title, loc="left")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    if len(names) <= 16:
-        axes.legend(frameon=False, fontsize="small")
+    if len(names) <= 24:
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     save_figure(figure, path)
 
 

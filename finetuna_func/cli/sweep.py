@@ -144,7 +144,9 @@ def report(finished: Finished, values: dict[str, Any]) -> None:
     shown = best + [[escape(cell) for cell in row] for row in rows[1:]]
     columns = (0, 1, 7, 8, 9)  # the name says the rest
     title = "From best to worst on what is held out"
-    console().print(table_of(title, [headings[k] for k in columns], [[row[k] for k in columns] for row in shown]))
+    console().print(
+        table_of(title, [headings[k] for k in columns], [[row[k] for k in columns] for row in shown], left=2)
+    )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["place", *headings[1:]])
@@ -165,6 +167,7 @@ def plot_sweep(finished: Finished, values: dict[str, Any], path: Path) -> None:
             key = (task.adapter.r, task.adapter.alpha, task.adapter.dropout)
             groups.setdefault(key, []).append((task.learning_rate, loss))
     several = [len({key[k] for key in groups}) > 1 for k in range(3)]
+    several[1] &= bool(values["alpha"])  # else it follows from the rank
     for n, (key, points) in enumerate(sorted(groups.items())):
         label = ", ".join(
             f"{what} {value:g}"
