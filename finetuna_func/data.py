@@ -23,6 +23,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -457,14 +458,13 @@ def rows_at(rows: Sequence[Row], step: int, batch_size: int, *, seed: int, total
     """
     first, last = step * batch_size, (step + 1) * batch_size
     last = last if total is None else min(last, total)
-    orders: dict[int, list[int]] = {}
-    chosen = []
-    for position in range(first, last):
-        epoch, place = divmod(position, len(rows))
-        if epoch not in orders:
-            orders[epoch] = _shuffled(len(rows), _random.fold_in(_random.key(seed), epoch))
-        chosen.append(rows[orders[epoch][place]])
-    return chosen
+    places = (divmod(position, len(rows)) for position in range(first, last))
+    return [rows[_order(len(rows), seed, epoch)[place]] for epoch, place in places]
+
+
+@lru_cache(maxsize=256)  # a step needs one or two for each adapter, again and again
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return _shuffled(count, _random.fold_in(_random.key(seed), epoch))
 
 
 def _shuffled(count: int, key: Tensor) -> list[int]:

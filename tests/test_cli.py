@@ -106,7 +106,7 @@ def test_without_arguments_there_is_help():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["quantize", "nowhere", "x"], 1, "error: nowhere: there is no such folder"),
+        (["quantize", "nowhere", "x"], 1, "nowhere"),
         (["train", "--out", "x"], 2, "--base: missing"),
         (["train", "--base", "BASE", "--out", "x"], 2, "--data: missing"),
         (["train", "--base", "BASE", "--data", "DATA"], 2, "--out: missing"),
@@ -156,6 +156,11 @@ def test_without_arguments_there_is_help():
         (["generate", "--base", "BASE", "--prompt", "a", "--top-p", 2], 1, "top_p=2.0"),
         (["inspect", "nowhere"], 1, "there is no such folder"),
         (["sweep", "--base", "BASE", "--data", "DATA", "--out", "x", "--rank", 2, "--rank", 2], 2, "there twice"),
+        (
+            ["generate", "--base", "BASE", "--prompt", "a", "--max-new-tokens", 256],
+            1,
+            "257 tokens are more than the 256",
+        ),
         (["quantize", "MODEL", "BASE"], 1, "exists; choose another folder"),
         (["quantize", "MODEL", "x", "--all", "--keep", "q_proj"], 2, "contradicts --keep"),
         (["quantize", "MODEL", "x", "--scheme", "int7"], 1, "int7"),
@@ -371,6 +376,54 @@ def test_resuming_is_refused_where_it_would_be_another_run(home, tmp_path):
     assert "the data is not what the run was begun with" in call(*arguments, "--resume", code=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", "- a", "was not written by this command"),
+        ("config.yaml", "base: [", "cannot be read"),
+        ("config.yaml", "base: x\nrank: [8]", "differs in"),
+        ("checkpoint.safetensors", "x", "not a readable state"),
+        ("log.csv", "step\nten,poems,,\n", "is not a line of a log"),
+    ],
+)
+def test_damaged_runs_are_not_resumed(home, trained, tmp_path, name, content, message):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    if name != "config.yaml":
+        config = yaml.safe_load((trained / "config.yaml").read_text())
+        (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config | {"out": str(tmp_path / "run")}))
+    before = tensors(tmp_path / "run")
+    assert message in call("train", "--out", tmp_path / "run", "--resume", code=1).replace("\n", " ")
+    assert tensors(tmp_path / "run") == before
+
+
+def test_a_sweep_does_not_resume_a_training(trained):
+    assert "was not written by this command" in call("sweep", "--out", trained, "--resume", code=1)
+
+
+def test_texts_longer_than_the_model_has_positions(home, tmp_path):
+    data = tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "12" * 300}])
+    for command in (["train", "--out", tmp_path / "x"], ["eval"]):
+        text = call(*command, "--base", home / "base", "--data", data, code=1)
+        assert "301 tokens are more than the 256" in text.replace("\n", " ")
+    call("train", "--base", home / "base", "--data", data, "--out", tmp_path / "x", "--max-length", 256)
+
+
+def test_tokens_that_the_model_does_not_know(home, tmp_path):
+    shutil.copytree(home / "model", tmp_path / "model")
+    own = tiny.tokenizer()
+    own.add_tokens([f"<{i}>" for i in range(20)])
+    own.save_pretrained(tmp_path / "model")
+    call("quantize", tmp_path / "model", tmp_path / "base", "--all")
+    data = tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "the <19>"}])
+    for command in (
+        ["train", "--data", data, "--out", tmp_path / "x"],
+        ["eval", "--data", data],
+        ["generate", "--prompt", "<19>"],
+    ):
+        assert "but the model knows 272" in call(*command, "--base", tmp_path / "base", code=1)
+
+
 def test_two_processes_do_not_share_a_run(home, trained):
     import fcntl
 
@@ -542,8 +595,9 @@ def test_inspect(home, trained):
 
 def test_the_live_table(home, tmp_path):
     """What a terminal of 80 columns shows in the end, read off an emulated one."""
-    pyte = pytest.importorskip("pyte")
     import pty
+
+    import pyte
 
     arguments = ["train", *three(home), "--out", tmp_path / "run"]
     screen, (reader, writer) = pyte.Screen(80, 40), pty.openpty()
@@ -564,3 +618,24 @@ def test_the_live_table(home, tmp_path):
     for name, steps in (("poems", 10), ("sums", 7), ("chats", 8)):
         assert any(f"{name} " in line and "━━━━" in line and f" {steps}/{steps} " in line for line in screen.display)
     assert "tokens/s" in shown and shown.count("━━━━") >= 3 and "Adapters, logs and curves are in" in shown
+
+
+# --- on real weights ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_whole_way_on_real_weights(tmp_path):
+    """examples/cli.sh, which checks at its end that PEFT and the merged model compute the same."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    python = {"PYTHON": sys.executable, "FINETUNA": f"{sys.executable} -m finetuna_func.cli", "STEPS": "6"}
+    script = ["bash", str(ROOT / "examples/cli.sh"), str(tmp_path)]
+    environment = os.environ | python | {"PYTHONPATH": path}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Going on after step" in done.stdout and "by the merged model" in done.stdout
+    found = {
+        (own["adapter"], Path(own["data"]).stem): own["loss"]
+        for own in json.loads((tmp_path / "eval.json").read_text())
+    }
+    for name in ("milton", "math", "films"):
+        assert found[name, name] < found["the base", name]

@@ -66,17 +66,37 @@ def _load(path: Path, **options: Any) -> ft.Base:
     return ft.quantize_base_model(model.eval(), **settings, **options)
 
 
-def write_base(model: Path, out: Path, **options: Any) -> ft.Base:
+def write_base(model: str, out: Path, **options: Any) -> ft.Base:
     """Writes the base of a model to a new folder, and returns it."""
+    quiet_transformers()
     if hasattr(ft, "load_base"):
         base = ft.load_base(model, **options)  # type: ignore[attr-defined]
         ft.save_base(out, base)  # type: ignore[attr-defined]
         return base
-    base = _load(model, **options)
+    if not Path(model).is_dir():
+        raise FileNotFoundError(f"{model}: there is no such folder; expected that of a Hugging Face model.")
+    base = _load(Path(model), **options)
     shutil.copytree(model, out)
     kept = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items() if name != "device"}
     (out / "finetuna_base.json").write_text(json.dumps(kept))
     return base
+
+
+def write_tokenizer(model: str, out: Path) -> None:
+    """Writes the tokenizer of a model, its chat template and its way to end a text, to the folder of its base."""
+    source = Path(model)
+    if source.is_dir():
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file() and not (out / name).exists():
+                shutil.copyfile(source / name, out / name)
+        return
+    from transformers import AutoTokenizer
+
+    if source.is_file():
+        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.save_pretrained(str(out))
 
 
 def open_tokenizer(path: Path) -> Any:
@@ -89,6 +109,34 @@ def open_tokenizer(path: Path) -> Any:
         raise ValueError(
             f"{path}: there is no tokenizer that can be read; copy the model's tokenizer files into it. ({error})"
         ) from error
+
+
+class Limits(NamedTuple):
+    """What a model can read: how many token ids it knows, and how long a text may be, if it says so."""
+
+    vocabulary: int | None
+    positions: int | None
+
+
+def limits_of(base: ft.Base) -> Limits:
+    """Returns what the base can read; an id or a position beyond it would be an error of the device, or nonsense."""
+    module: Any = base.skeleton.module()
+    table = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+    vocabulary = getattr(table, "num_embeddings", None)
+    positions = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    return Limits(vocabulary, positions if isinstance(positions, int) and positions > 0 else None)
+
+
+def check_reads(base: ft.Base, highest: int, longest: int, where: str) -> None:
+    """Raises unless the model knows all token ids up to one, and has so many positions."""
+    vocabulary, positions = limits_of(base)
+    if vocabulary is not None and highest >= vocabulary:
+        raise ValueError(
+            f"{where}: the tokenizer gives the id {highest}, but the model knows {vocabulary}; they do not belong "
+            "together."
+        )
+    if positions is not None and longest > positions:
+        raise ValueError(f"{where}: {longest} tokens are more than the {positions} positions that the model has.")
 
 
 def stop_ids(base: ft.Base, tokenizer: Any) -> set[int]:

@@ -93,8 +93,11 @@ def read_log(path: Path) -> list[Line]:
     whole = path.read_text("utf-8").rpartition("\n")[0]
     lines = []
     for cells in list(csv.reader(whole.split("\n")))[1:]:
-        loss, held_out = (float(cell) if cell else math.nan for cell in cells[2:4])
-        lines.append(Line(int(cells[0]), cells[1], loss, held_out, cells))
+        try:
+            loss, held_out = (float(cell) if cell else math.nan for cell in cells[2:4])
+            lines.append(Line(int(cells[0]), cells[1], loss, held_out, cells))
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{path}: {','.join(cells)!r:.80} is not a line of a log of finetuna train.") from error
     return lines
 
 

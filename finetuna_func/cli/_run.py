@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import finetuna_func as ft
-from finetuna_func.cli._base import default_device, open_base, open_tokenizer
+from finetuna_func.cli._base import check_reads, default_device, open_base, open_tokenizer
 from finetuna_func.cli._display import STATUS, STATUS_NAMES, Display, phase, table_of
 from finetuna_func.cli._logs import Logs, check_tensorboard, plot_curves, read_log, write_json, write_text
 from finetuna_func.data import Row, Sample, encode, file_digest, pack, read_examples, split_off
@@ -129,7 +129,7 @@ def settled(ctx: typer.Context) -> tuple[dict[str, Any], bool]:
     out = Path(given["out"])
     saved = out / CONFIG
     if ctx.params["resume"] and saved.is_file():
-        begun = yaml.safe_load(saved.read_text("utf-8"))
+        begun = _read_begun(saved, given)
         for name, value in given.items():
             if ctx.get_parameter_source(name).name != "DEFAULT" and value != begun.get(name):  # type: ignore[union-attr]
                 raise typer.BadParameter(
@@ -146,6 +146,21 @@ def settled(ctx: typer.Context) -> tuple[dict[str, Any], bool]:
             raise typer.BadParameter(f"missing; {what}.", param_hint=_flag(name))
     given["device"] = given["device"] or default_device()
     return given, False
+
+
+def _read_begun(path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options with which a run was begun, by this command."""
+    try:
+        begun = yaml.safe_load(path.read_text("utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--resume: {path} cannot be read: {error}") from error
+    if not isinstance(begun, dict) or begun.keys() != like.keys():
+        differing = sorted(map(str, begun.keys() ^ like.keys())) if isinstance(begun, dict) else ["everything"]
+        raise ValueError(
+            f"--resume: {path} was not written by this command, or by another version of it: it differs in "
+            f"{', '.join(differing[:5])}."
+        )
+    return begun
 
 
 def _plain(value: Any) -> Any:
@@ -229,6 +244,8 @@ def execute(values: Mapping[str, Any], config: RunConfig, console: Console) -> F
         base = open_base(config.base, config.device)
         tokenizer = open_tokenizer(config.base)
     tasks = _tasks(config, tokenizer, console)
+    samples = [sample for task in tasks for row in (*task.rows, *task.held_out) for sample in row]
+    check_reads(base, max(max(s.ids) for s in samples), max(map(len, samples)), "--data")
     longest = max(total_steps(task, Settings(config.batch_size, config.accumulate)) for task in tasks)
     settings = Settings(
         batch_size=config.batch_size,
@@ -319,7 +336,10 @@ def _tasks(config: RunConfig, tokenizer: Any, console: Console) -> list[Task]:
         if config.eval_data:
             held_out = samples_of(config.eval_data[i], length)
         elif config.eval_fraction:
-            samples, held_out = split_off(samples, config.eval_fraction, SPLIT_SEED)
+            try:
+                samples, held_out = split_off(samples, config.eval_fraction, SPLIT_SEED)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
         tasks.append(
             Task(
                 name=name,

@@ -14,7 +14,15 @@ from rich.markup import escape
 import finetuna_func as ft
 from finetuna_func.cli import _options as o
 from finetuna_func.cli._app import app, console, errors
-from finetuna_func.cli._base import Adapter, open_adapters, open_base, open_tokenizer, stacks, untrained
+from finetuna_func.cli._base import (
+    Adapter,
+    check_reads,
+    open_adapters,
+    open_base,
+    open_tokenizer,
+    stacks,
+    untrained,
+)
 from finetuna_func.cli._display import phase, table_of
 from finetuna_func.cli._logs import write_json
 from finetuna_func.data import Row, encode, pack, read_examples
@@ -59,6 +67,7 @@ def evaluate(
         samples = encode(
             examples, tokenizer, max_length=max_length, completion_only=completion_only, where=str(path)
         ).samples
+        check_reads(opened, max(max(s.ids) for s in samples), max(map(len, samples)), str(path))
         rows.append(pack(samples, max_length) if pack_rows else [(sample,) for sample in samples])
     matrix = torch.full((len(adapters), len(data)), math.nan, dtype=torch.float64)
     for column, (path, own) in enumerate(zip(data, rows, strict=True)):

@@ -16,7 +16,16 @@ from rich.text import Text
 import finetuna_func as ft
 from finetuna_func.cli import _options as o
 from finetuna_func.cli._app import app, console
-from finetuna_func.cli._base import Adapter, open_adapters, open_base, open_tokenizer, stacks, stop_ids, untrained
+from finetuna_func.cli._base import (
+    Adapter,
+    check_reads,
+    open_adapters,
+    open_base,
+    open_tokenizer,
+    stacks,
+    stop_ids,
+    untrained,
+)
 
 
 @app.command("generate", no_args_is_help=True)
@@ -60,6 +69,9 @@ def generate(
     if with_base or not adapters:
         adapters = [Adapter("the base", untrained(opened)), *adapters]
     ids = [encode_prompt(tokenizer, own, chat, system) for own in prompts]
+    if not all(ids):
+        raise ValueError("--prompt: the tokenizer makes no token of it.")
+    check_reads(opened, max(map(max, ids)), max(map(len, ids)) + max_new_tokens, "--prompt and --max-new-tokens")
     answers: list[list[list[int]]] = [[]] * len(adapters)
     for group in stacks(adapters):
         found = decode(

@@ -13,12 +13,14 @@ from rich.markup import escape
 
 from finetuna_func.cli import _options as o
 from finetuna_func.cli._app import app, console
-from finetuna_func.cli._base import TOKENIZER_FILES, write_base
+from finetuna_func.cli._base import write_base, write_tokenizer
 
 
 @app.command(no_args_is_help=True)
 def quantize(
-    model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face model, in safetensors.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of a Hugging Face model in safetensors, a GGUF file, or a name on the hub.")
+    ],
     out: Annotated[Path, typer.Argument(help="New folder for the base.")],
     scheme: Annotated[str, typer.Option(help="8-bit format: `int8` or `blockwise8`.")] = "int8",
     keep: Annotated[
@@ -39,8 +41,6 @@ def quantize(
     """
     if keep and all_layers:
         raise typer.BadParameter("contradicts --keep; give one of the two.", param_hint="--all")
-    if not model.exists():
-        raise FileNotFoundError(f"{model}: there is no such folder; expected that of a Hugging Face model.")
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another folder for the base.")
     options = {"modules_not_to_quantize": keep or ()} if keep or all_layers else {}
@@ -50,9 +50,7 @@ def quantize(
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         base = write_base(model, staging / "base", scheme=scheme, device=device, **options)
-        for name in TOKENIZER_FILES:
-            if (model / name).is_file() and not (staging / "base" / name).exists():
-                shutil.copyfile(model / name, staging / "base" / name)
+        write_tokenizer(model, staging / "base")
         os.replace(staging / "base", target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
