@@ -92,7 +92,8 @@ def _generate_group(
     while n * (batch + spare) in lengths:
         spare += 1
     ids = torch.cat([prompts, prompts[-1:].expand(spare, length)]).expand(n, -1, length).to(device)
-    cache: Any = DynamicCache()
+    module: Any = base.skeleton.module()
+    cache: Any = DynamicCache(config=module.config)
     new: list[Tensor] = []
     done = torch.zeros(n, batch, dtype=torch.bool)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64)

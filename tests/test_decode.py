@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 
 import finetuna_func as ft
 from finetuna_func.decode import _choose, generate
+from finetuna_func.train import linear_layers
 
 PROMPTS = [[5, 6, 7], [9], [30, 31, 32], [1, 2, 3, 4, 5, 6]]
 
@@ -39,6 +41,56 @@ def test_greedy_answers_are_those_of_generate(base, n):
             out = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None)
             assert answer == out[0, len(prompt) :].tolist()
     assert n == 1 or found[0] != found[1]
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=4),
+    "gemma2": lambda: transformers.Gemma2Config(**SIZES, sliding_window=4),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=99, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=99,
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        word_embed_proj_dim=16,
+        init_std=0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(family):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    base = ft.quantize_base_model(model, modules_not_to_quantize=())
+    options: Any = {"linear_config": ft.LinearAdapterConfig(r=2)}
+    tuned = [ft.new_finetuned(base, linear_layers(base), (), **options) for _ in range(2)]
+    tuned = [
+        own.replace(params={name: 0.5 * torch.randn_like(leaf) for name, leaf in own.params.items()}) for own in tuned
+    ]
+    prompts = [list(range(5, 12)), [3, 4, 5]]
+    found = generate(base, ft.stack(tuned), prompts, max_new_tokens=9)
+    for own, answers in zip(tuned, found, strict=True):
+        module: Any = ft.to_module(base, own)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = torch.tensor([prompt])
+            mask = torch.ones_like(ids)
+            out = module.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None)
+            assert answer == out[0, len(prompt) :].tolist()
 
 
 def test_an_answer_ends_with_a_stopping_id(base):
