@@ -99,6 +99,12 @@ def ours(base: ft.Base, ids: Tensor, *, route: str = "stacked", **options: Any) 
     if route == "stacked":
         step = ft.stacked_value_and_grad(stacked_loss(base, **options))
         return lambda: step(stacked, ids)
+    if route == "step":  # with clipping and AdamW
+        graph = options.pop("cuda_graph")
+        tx = ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(1e-5))
+        state = tx.init(stacked)
+        train = ft.compile_step(stacked_loss(base, **options), tx, cuda_graph=graph)
+        return lambda: train(stacked, state, ids)
     if route == "whole":  # one graph of the whole model
         step = ft.stacked_value_and_grad(torch.compile(stacked_loss(base), fullgraph=True, **options))
         return lambda: step(stacked, ids)
@@ -240,6 +246,15 @@ def main() -> None:
         "ours int8 blocks compiled": lambda: ours(int8, ids, compile="blocks"),
         "ours bf16 blocks compiled": lambda: ours(bf16, ids, compile="blocks"),
         "ours int8 blocks compiled, remat": lambda: ours(int8, ids, compile="blocks", remat="blocks"),
+        "ours int8 blocks compiled, step with AdamW": lambda: ours(
+            int8, ids, route="step", compile="blocks", cuda_graph=False
+        ),
+        "ours int8 blocks compiled, step with AdamW, CUDA graph": lambda: ours(
+            int8, ids, route="step", compile="blocks", cuda_graph=True
+        ),
+        "ours int8 blocks compiled, remat, step with AdamW, CUDA graph": lambda: ours(
+            int8, ids, route="step", compile="blocks", remat="blocks", cuda_graph=True
+        ),
         "ours int8 eager, remat": lambda: ours(int8, ids, remat="blocks"),
         "ours int8 whole compiled": lambda: ours(int8, ids, route="whole"),
         "ours int8 whole compiled, CUDA graphs": lambda: ours(int8, ids, route="whole", mode="reduce-overhead"),

@@ -184,8 +184,8 @@ class Binding:
     weight_ndim: int
     call: Call = field(default_factory=Call)
     own_ndims: Mapping[str, int] = field(default_factory=dict)
-    siblings: tuple[nn.Module, ...] = ()  # other layers that get the same input
     folded: bool = False  # whether its inputs have further axes folded into the rows
+    siblings: tuple[nn.Module, ...] = ()  # other layers that get the same input
 
 
 _REGISTRY: dict[type | str, LayerType] = {}

@@ -136,7 +136,8 @@ class _Remat(torch.autograd.Function):
         return None, *grads
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], fn: TensorFunction, *tensors: Tensor) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        fn, *tensors = args
         mapped = torch.func.vmap(fn, in_dims=in_dims[1:], randomness=info.randomness)
         out = _Remat.apply(mapped, *tensors)
         return out, (0,) * len(out)
@@ -165,7 +166,7 @@ def _pull_any_order(
         out = fn(*filled)
         return tuple(out[i] for i in used)
 
-    _, pull = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))
+    pull = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))[1]
     return pull(given)
 
 

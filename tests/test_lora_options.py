@@ -1004,7 +1004,7 @@ def test_peft_reads_a_save(bases, name, option, tmp_path):
     tuned = tuned_on(bases[name], PROJECTIONS[name], SAVED[option])
     logits = peft_reads(name, bases[name], tuned, ft.save(tmp_path / "a", tuned))
     mine = ft.apply(bases[name], tuned, tokens()).logits
-    assert_close(logits, mine, 1e-5, unlike=ft.apply(bases[name], None, tokens()).logits)
+    assert_close(logits, mine, 2e-5, unlike=ft.apply(bases[name], None, tokens()).logits)
     if tuned.consts.keys() != {f"{a.path}.lora_scale" for a in tuned.spec.adapters}:
         # What DoRA and PiSSA add is in the file: without it, the same A and B are something else.
         plain = tuned_on(bases[name], PROJECTIONS[name], P(r=3, alpha=2))
