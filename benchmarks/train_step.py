@@ -100,11 +100,17 @@ def ours(base: ft.Base, ids: Tensor, *, route: str = "stacked", **options: Any) 
         step = ft.stacked_value_and_grad(stacked_loss(base, **options))
         return lambda: step(stacked, ids)
     if route == "step":  # with clipping and AdamW
-        graph = options.pop("cuda_graph")
+        step_options = {name: options.pop(name) for name in ("cuda_graph", "donate") if name in options}
         tx = ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(1e-5))
         state = tx.init(stacked)
-        train = ft.compile_step(stacked_loss(base, **options), tx, cuda_graph=graph)
-        return lambda: train(stacked, state, ids)
+        train = ft.compile_step(stacked_loss(base, **options), tx, **step_options)
+        held = [stacked, state]
+        del stacked, state
+
+        def trained() -> None:
+            held[0], held[1], _ = train(*held, ids)
+
+        return trained
     if route == "whole":  # one graph of the whole model
         step = ft.stacked_value_and_grad(torch.compile(stacked_loss(base), fullgraph=True, **options))
         return lambda: step(stacked, ids)
@@ -239,7 +245,9 @@ def main() -> None:
     )
 
     int8 = ft.quantize_base_model(model)
-    bf16 = ft.quantize_base_model(model, modules_not_to_quantize=".*")
+    bf16 = ft.quantize_base_model(model, modules_not_to_quantize=".*") if "bf16" in args.only or not args.only else int8
+    if args.only and "PEFT" not in args.only:
+        model = None  # so that the peak is that of the base
     variants: dict[str, Callable[[], Callable[[], Any]]] = {
         "ours int8 eager": lambda: ours(int8, ids),
         "ours bf16 eager": lambda: ours(bf16, ids),
@@ -250,10 +258,10 @@ def main() -> None:
             int8, ids, route="step", compile="blocks", cuda_graph=False
         ),
         "ours int8 blocks compiled, step with AdamW, CUDA graph": lambda: ours(
-            int8, ids, route="step", compile="blocks", cuda_graph=True
+            int8, ids, route="step", compile="blocks", cuda_graph=True, donate=True
         ),
         "ours int8 blocks compiled, remat, step with AdamW, CUDA graph": lambda: ours(
-            int8, ids, route="step", compile="blocks", remat="blocks", cuda_graph=True
+            int8, ids, route="step", compile="blocks", remat="blocks", cuda_graph=True, donate=True
         ),
         "ours int8 eager, remat": lambda: ours(int8, ids, remat="blocks"),
         "ours int8 whole compiled": lambda: ours(int8, ids, route="whole"),
