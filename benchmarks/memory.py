@@ -97,10 +97,10 @@ def ours(base: ft.Base, n: int, length: int, rows: str, options: dict[str, Any],
     if chunk is None and "compile" not in options:
         predicted = ft.memory_report(base, stacked, (n, 1, length), tx=tx, **options).peak / GIB
     if tx is None:
-        report(rows, lambda: differentiate(stacked, ids), ids.numel(), predicted)
+        fixed = stacked
+        report(rows, lambda: differentiate(fixed, ids), ids.numel(), predicted)
         return
-    held: list[Any] = [stacked, tx.init(stacked)]
-    del stacked
+    held: list[Any] = [stack_of(base, n), tx.init(stacked)]  # a copy: the stack itself is not kept by a step
 
     def step() -> None:
         grads = differentiate(held[0], ids)[1]
@@ -108,6 +108,7 @@ def ours(base: ft.Base, n: int, length: int, rows: str, options: dict[str, Any],
         del grads
         held[0] = ft.optim.apply_updates(held[0], updates)
 
+    stacked = None
     report(rows, step, ids.numel(), predicted)
 
 
