@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
 
 from finetuna_func._filters import join_name
+from finetuna_func._hf import records_inside_blocks
 from finetuna_func._layers import LEAF_NAMES, Binding, Call
 from finetuna_func._remat import remat
 
@@ -95,7 +96,7 @@ def _as_function(cls: type[nn.Module]) -> type[nn.Module]:
         if call.causal is not None:
             args = tuple(None if value is call.causal else value for value in args)
             kwargs = {name: None if value is call.causal else value for name, value in kwargs.items()}
-        if not (call.remat or call.compile) or _has_state((args, kwargs)):
+        if not (call.remat or call.compile) or _has_state((args, kwargs)) or records_inside_blocks():
             return cls.forward(self, *args, **kwargs)
         return _run(self, call, args, kwargs)
 

@@ -305,8 +305,8 @@ def causal_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     config = getattr(module, "config", None)
     if not _CAUSAL_BODIES.intersection(kinds) or getattr(config, "_attn_implementation", None) != "sdpa":
         return None
-    if any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
-        return None
+    if any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "output_router_logits")):
+        return None  # windows, or a loss of the router, which leaves out the tokens that a mask of two axes hides
     if any(value is not None for name, value in kwargs.items() if name not in ("input_ids", "use_cache")):
         return None
     ids = kwargs.get("input_ids", args[0] if len(args) == 1 else None)
@@ -314,6 +314,14 @@ def causal_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     length = ids.shape[1]
     return torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()[None, None]
+
+
+def records_inside_blocks() -> bool:
+    """Returns whether a running model collects by hooks what is inside its blocks: attentions, router logits."""
+    if torch.compiler.is_compiling():
+        return False
+    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    return any("hidden_states" not in name for name in (collector and collector.get()) or ())
 
 
 def has_mask(inputs: dict[str, Any]) -> bool:

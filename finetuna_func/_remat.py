@@ -2,8 +2,8 @@
 
 `remat` keeps the inputs of a function and computes it again when its derivative is asked for. It is one
 autograd Function that closes over its transforms: the rule of ``vmap`` is the remat of the mapped
-function, and its derivative is a ``torch.func.vjp`` taken when the cotangent arrives, which can be
-differentiated and mapped itself. ``torch.utils.checkpoint`` can do neither, and within
+function, and its derivative is a ``torch.func.vjp`` taken when the cotangent arrives, itself a remat that can be
+differentiated and mapped. ``torch.utils.checkpoint`` can do neither, and within
 ``functional_call`` it recomputes with the parameters of another call.
 """
 
@@ -93,8 +93,7 @@ def remat(fn: Callable[P, R]) -> Callable[P, R]:
             out_leaves, out_spec = torch_pytree.tree_flatten(out)
             found = tuple(leaf for leaf in out_leaves if isinstance(leaf, Tensor))
             out_leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in out_leaves]
-            # A Function may not hand an input through as it is.
-            return tuple(out.view_as(out) if any(out is t for t in tensors) else out for out in found)
+            return found
 
         found = iter(_Remat.apply(of_tensors, *(leaves[place] for place in places)))
         kept = [next(found) if leaf is None else leaf[0] for leaf in out_leaves]
@@ -109,7 +108,8 @@ class _Remat(torch.autograd.Function):
 
     @staticmethod
     def forward(fn: TensorFunction, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return fn(*tensors)
+        # A Function may not hand an input through as it is.
+        return tuple(out.view_as(out) if any(out is t for t in tensors) else out for out in fn(*tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -127,11 +127,12 @@ class _Remat(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(tensors)
         if not wanted or not used:
             return None, *grads
-        given = tuple(cotangent for cotangent in cotangents if cotangent is not None)
-        # Plain autograd where nothing differentiates again: torch.func.vjp would record for a second derivative.
-        first_order = peek_interpreter_stack() is None and not torch.is_grad_enabled()
-        pull = _pull_first_order if first_order else _pull_any_order
-        for i, grad in zip(wanted, pull(ctx.fn, tensors, wanted, used, given), strict=True):
+        operands = (*tensors, *(cotangent for cotangent in cotangents if cotangent is not None))
+        pull = functools.partial(_pull, ctx.fn, wanted, used)
+        # Where something may differentiate again, the derivative is a remat itself: torch.func.grad always records.
+        # Forward mode, which a Function without a rule for it cannot take, keeps nothing.
+        again = not _first_order() and torch.autograd.forward_ad._current_level < 0
+        for i, grad in zip(wanted, _Remat.apply(pull, *operands) if again else pull(*operands), strict=True):
             grads[i] = grad
         return None, *grads
 
@@ -143,22 +144,12 @@ class _Remat(torch.autograd.Function):
         return out, (0,) * len(out)
 
 
-def _pull_first_order(
-    fn: TensorFunction, tensors: tuple[Tensor, ...], wanted: list[int], used: list[int], given: tuple[Tensor, ...]
-) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        fresh = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
-        out = fn(*fresh)
-        pairs = [(out[i], cotangent) for i, cotangent in zip(used, given, strict=True) if out[i].requires_grad]
-        if not pairs:
-            return (None,) * len(wanted)
-        outputs, cotangents = zip(*pairs, strict=True)
-        return torch.autograd.grad(outputs, [fresh[i] for i in wanted], cotangents, allow_unused=True)
+def _pull(fn: TensorFunction, wanted: list[int], used: list[int], *operands: Tensor) -> tuple[Tensor, ...]:
+    """The cotangents of the inputs ``wanted``, from all inputs and then the cotangents of the outputs ``used``."""
+    tensors, given = operands[: -len(used)], operands[-len(used) :]
+    if _first_order():
+        return _pull_first_order(fn, tensors, wanted, used, given)
 
-
-def _pull_any_order(
-    fn: TensorFunction, tensors: tuple[Tensor, ...], wanted: list[int], used: list[int], given: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
     def of_wanted(*some: Tensor) -> tuple[Tensor, ...]:
         filled = list(tensors)
         for i, tensor in zip(wanted, some, strict=True):
@@ -168,6 +159,26 @@ def _pull_any_order(
 
     pull = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))[1]
     return pull(given)
+
+
+def _pull_first_order(
+    fn: TensorFunction, tensors: tuple[Tensor, ...], wanted: list[int], used: list[int], given: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        fresh = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        out = fn(*fresh)
+        pairs = [(out[i], cotangent) for i, cotangent in zip(used, given, strict=True) if out[i].requires_grad]
+        if not pairs:
+            return tuple(torch.zeros_like(tensors[i]) for i in wanted)
+        outputs, cotangents = zip(*pairs, strict=True)
+        return torch.autograd.grad(
+            outputs, [fresh[i] for i in wanted], cotangents, allow_unused=True, materialize_grads=True
+        )
+
+
+def _first_order() -> bool:
+    """Whether plain autograd will do, since nothing differentiates again or maps: torch.func.vjp records for that."""
+    return peek_interpreter_stack() is None and not torch.is_grad_enabled()
 
 
 def _differentiable(tensor: Tensor) -> bool:
