@@ -14,6 +14,7 @@ from finetuna_func._base import quantized_leaves
 from finetuna_func._filters import join_name, split_name
 from finetuna_func._hf import has_mask, with_additive_mask
 from finetuna_func._layers import LEAF_NAMES, Call, inside_vmap
+from finetuna_func._quant import SUFFIXES
 from finetuna_func._types import Base, Finetuned, Params
 
 Blocks: TypeAlias = Literal["blocks"] | None
@@ -221,7 +222,7 @@ def bind(base: Base, tuned: Finetuned | None, *, train: bool = False, rng: Tenso
     for alias, canonical in base.skeleton.ties.items():
         if tuned is not None and alias in tuned.params:
             continue
-        for suffix in ("", "_scale", "_code"):
+        for suffix in SUFFIXES:
             if canonical + suffix in leaves:
                 leaves[alias + suffix] = leaves[canonical + suffix]
         alias_path, own = split_name(alias)

@@ -105,7 +105,7 @@ def _lost_weight(base: Base, layer: Layer, float_model: nn.Module | None, quanti
     """What quantization took from a layer's weight."""
     held = _frozen_weight(base, layer, quantized)
     lost = _float_weight_of(float_model, layer).to(held.device) - held
-    if lost.abs().max() > 0.05 * held.abs().max():  # 8 bits lose a hundredth at most
+    if lost.abs().max() > 0.2 * held.abs().max():  # 8 bits lose a hundredth at most, 4 bits a sixth
         raise ValueError(
             f"float_model: the weight of {layer.path!r} is not the one that the base was quantized from; pass the "
             "model that the base was made from."

@@ -27,7 +27,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack  # type: ig
 
 from finetuna_func import _random
 from finetuna_func._ops import compute_dtype, frozen_matmul
-from finetuna_func._quant import Scheme
+from finetuna_func._quant import SUFFIXES, Scheme
 from finetuna_func._types import AdapterKind
 
 Leaves = Mapping[str, Tensor]
@@ -35,8 +35,7 @@ LayerFunction = Callable[..., Tensor]
 Fn = TypeVar("Fn", bound=LayerFunction)
 
 LEAF_NAMES = (
-    "weight_scale",
-    "weight_code",
+    *("weight" + suffix for suffix in SUFFIXES if suffix),
     "lora_a",
     "lora_b",
     "lora_bias",

@@ -1,4 +1,4 @@
-"""8-bit formats: how a float matrix becomes codes and scales, and back.
+"""8-bit and 4-bit formats: how a float matrix becomes codes and scales, and back.
 
 A scheme is a frozen value without tensors. It turns a float matrix ``(out, in)`` into plain
 tensors that sit side by side in the base's flat tree, under the parameter's own name and suffixes
@@ -7,12 +7,19 @@ of it:
     int8        weight: int8 (out, in)    weight_scale: fp32 (out,)       w ~ codes * scale
     blockwise8  weight: uint8 (out, in)   weight_scale: fp32 (blocks,)    w ~ code[codes] * scale
                                           weight_code: fp32 (256,)
+    nf4         weight: uint8 (out, in / 2)           w ~ code[nibble] * absmax, in blocks of 64 along a row
+                weight_code: fp32 (16,)
+                weight_scale: uint8 (out, blocks)     absmax ~ blockwise8 of these, plus weight_scale_offset: fp32 ()
+                weight_scale_scale, weight_scale_code: fp32, as in blockwise8
 
 `int8` is the row-wise absmax format of LLM.int8() (arXiv 2208.07339): bitsandbytes'
 ``int8_vectorwise_quant``, bit for bit where that is defined. We state the two lines ourselves,
 since bitsandbytes' CUDA kernel takes fp16 alone (codes would then depend on the device, and an
 error could exceed half a step) and its CPU code divides by zero on an all-zero row.
-`blockwise8` is the dynamic-tree code of arXiv 2110.02861, through bitsandbytes.
+`blockwise8` is the dynamic-tree code of arXiv 2110.02861, through bitsandbytes. `nf4` is QLoRA's
+NormalFloat with double quantization (arXiv 2305.14314): bitsandbytes' ``quantize_4bit``, bit for bit
+where rows are whole blocks. Elsewhere we let every row start a block of its own, so that a row can be
+looked up alone; a row of odd width has one code a byte (dtype int8), which no language model needs.
 """
 
 from __future__ import annotations
@@ -29,9 +36,12 @@ from finetuna_func._types import Params
 _SMALLEST, _LARGEST = 1e-30, 3e38  # what a float32 scale times 127 holds with full precision
 _CHUNK = 1 << 24  # numbers quantized at a time, so that temporaries stay small beside the model
 
+SUFFIXES = ("", "_scale", "_code", "_scale_scale", "_scale_code", "_scale_offset")
+"""What the leaves of all schemes are called beside the parameter's name."""
+
 
 class Scheme(Protocol):
-    """What the layers need of an 8-bit format. ``leaves`` are its tensors, keyed by suffix."""
+    """What the layers need of a format. ``leaves`` are its tensors, keyed by suffix."""
 
     @property
     def name(self) -> str:
@@ -192,6 +202,120 @@ class Blockwise8:
         return self
 
 
+@dataclass(frozen=True, slots=True)
+class Nf4:
+    """Blocks of 64 numbers of a row, each with its absmax in 8 bits, coded by 16 quantiles of the normal distribution.
+
+    Everything is computed alike on every device, so that a base is the same wherever it was made.
+    """
+
+    name: str = "nf4"
+    suffixes: tuple[str, ...] = ("", "_code", "_scale", "_scale_scale", "_scale_code", "_scale_offset")
+    block: int = 64
+
+    def quantize(self, weight: Tensor) -> Params:
+        height, width = weight.shape
+        code = torch.tensor(_NF4, device=weight.device)
+        bounds = (code[1:] + code[:-1]) / 2
+        odd = width % 2 == 1
+        codes = torch.empty(
+            (height, width) if odd else (height, width // 2),
+            dtype=torch.int8 if odd else torch.uint8,
+            device=weight.device,
+        )
+        absmax = torch.empty(height, -(-width // self.block), device=weight.device)
+        step = max(1, _CHUNK // max(1, width))
+        for start in range(0, height, step):
+            rows = self._blocks(weight[start : start + step].float())
+            largest = rows.abs().amax(-1)
+            inverse = 1.0 / largest.clamp_min(1e-38)
+            nearest = torch.bucketize((rows * inverse.unsqueeze(-1)).clamp_(-1, 1), bounds, out_int32=True)
+            nearest = nearest.to(codes.dtype).flatten(-2)[:, :width]
+            codes[start : start + step] = nearest if odd else (nearest[:, ::2] << 4) | nearest[:, 1::2]
+            absmax[start : start + step] = largest
+        # On the CPU, whatever the device, and the mean in float64, whose rounding does not depend on the order.
+        absmax = absmax.cpu()
+        offset = absmax.double().mean().float() if absmax.numel() else torch.zeros(())
+        nested = Blockwise8().quantize(absmax - offset)
+        scales = (nested[""], nested["_scale"], nested["_code"], offset)
+        return dict(zip(self.suffixes, (codes, code, *(leaf.to(weight.device) for leaf in scales)), strict=True))
+
+    def dequantize(self, dtype: torch.dtype, *leaves: Tensor) -> Tensor:
+        codes, code, *_ = leaves
+        return self._scaled(codes, code, self._absmax(*leaves), dtype)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype, *leaves: Tensor) -> Tensor:
+        codes, code, scale, nested_scale, nested_code, offset = leaves
+        absmax = Blockwise8().rows(ids, torch.float32, scale, nested_scale, nested_code) + offset
+        return self._scaled(F.embedding(ids, codes), code, absmax, dtype)
+
+    def matmul(self, x: Tensor, *leaves: Tensor) -> Tensor:
+        return F.linear(x, self._by_kernel(x.dtype, *leaves))
+
+    def matmul_transposed(self, x: Tensor, *leaves: Tensor) -> Tensor:
+        return torch.matmul(x, self._by_kernel(x.dtype, *leaves))
+
+    @property
+    def linearised(self) -> Scheme:
+        return self
+
+    def _absmax(self, *leaves: Tensor) -> Tensor:
+        """The absmax of each block, fp32 ``(out, blocks)``."""
+        _, _, scale, nested_scale, nested_code, offset = leaves
+        return Blockwise8().dequantize(torch.float32, scale, nested_scale, nested_code) + offset
+
+    def _scaled(self, codes: Tensor, code: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of codes as numbers; ``codes (..., bytes)``, ``absmax (..., blocks)``."""
+        wide = _at_least_float32(dtype)
+        table = code.to(wide).unsqueeze(-1)
+        if codes.dtype == torch.uint8:  # two numbers a byte, looked up together
+            byte = torch.arange(256, device=codes.device)
+            table = torch.cat([table[byte >> 4], table[byte & 15]], -1)
+        values = F.embedding(codes.int(), table).flatten(-2)
+        width = values.shape[-1]
+        scaled = self._blocks(values) * absmax.to(wide).unsqueeze(-1)
+        return scaled.flatten(-2)[..., :width].to(dtype).contiguous()
+
+    def _blocks(self, rows: Tensor) -> Tensor:
+        """``(..., in)`` as ``(..., blocks, 64)``, the last block filled up with zeros."""
+        missing = -rows.shape[-1] % self.block
+        return (F.pad(rows, (0, missing)) if missing else rows).unflatten(-1, (-1, self.block))
+
+    def _by_kernel(self, dtype: torch.dtype, *leaves: Tensor) -> Tensor:
+        """`dequantize` in bitsandbytes' kernel, several times as fast, where the layout is its own."""
+        codes = leaves[0]
+        height, width = codes.shape[0], 2 * codes.shape[1]
+        if codes.dtype != torch.uint8 or width % self.block or dtype == torch.float64:
+            return self.dequantize(dtype, *leaves)
+        import bitsandbytes  # noqa: F401  (registers the torch.ops used below)
+
+        absmax = self._absmax(*leaves).reshape(-1)
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            codes.contiguous(), absmax, self.block, "nf4", (height, width), dtype
+        )
+
+
+# bitsandbytes' table; its CUDA and CPU kernels have it built in.
+_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
 def scheme_named(name: str, matmul: str = "w8a16") -> Scheme:
     """Returns the scheme for the public names, e.g. ``("int8", "w8a16")``.
 
@@ -202,6 +326,7 @@ def scheme_named(name: str, matmul: str = "w8a16") -> Scheme:
         ("int8", "w8a16"): Int8(),
         ("int8", "w8a8"): Int8Dynamic(),
         ("blockwise8", "w8a16"): Blockwise8(),
+        ("nf4", "w8a16"): Nf4(),
     }
     if (name, matmul) not in schemes:
         choices = ", ".join(f"scheme={s!r} with matmul={m!r}" for s, m in schemes)
@@ -240,7 +365,7 @@ def check_quantizable(name: str, weight: Tensor) -> None:
     if not bool(torch.isfinite(weight.sum())) and not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(
-            f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, which 8 bits cannot hold; "
+            f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, which no quantized format holds; "
             "repair the checkpoint, or keep this layer in float with modules_not_to_quantize."
         )
     if weight.numel() and float(torch.linalg.vector_norm(weight, ord=torch.inf)) > _LARGEST:

@@ -130,15 +130,32 @@ def dequantized(base: ft.Base) -> ft.Base:
     """The base with its matrices in float64, codes times scales by hand."""
     params: dict[str, Tensor] = {}
     for name, leaf in base.params.items():
-        if name + "_code" in base.params:
+        if name + "_scale_code" in base.params:
+            numbers = base.params[name + "_code"].double()[nibbles(leaf)]
+            params[name] = numbers * nested_absmax(base, name).repeat_interleave(64, 1)[:, : numbers.shape[1]]
+        elif name + "_code" in base.params and "_scale" not in name:
             numbers = base.params[name + "_code"].double()[leaf.long()].flatten()
             scale = base.params[name + "_scale"].double().repeat_interleave(256)[: numbers.numel()]
             params[name] = (numbers * scale).reshape(leaf.shape)
         elif name + "_scale" in base.params:
             params[name] = leaf.double() * base.params[name + "_scale"].double().unsqueeze(1)
-        elif not name.endswith(("weight_scale", "weight_code")):
+        elif "weight_" not in name:
             params[name] = leaf.double()
     return dataclasses.replace(base, params=params)
+
+
+def nibbles(codes: Tensor) -> Tensor:
+    """The 4-bit codes ``(out, in)`` as indices; int8 codes are those of odd widths, one a byte."""
+    if codes.dtype == torch.int8:
+        return codes.long()
+    return torch.stack([codes.long() // 16, codes.long() % 16], -1).flatten(1)
+
+
+def nested_absmax(base: ft.Base, name: str) -> Tensor:
+    """The absmax of each block of nf4, ``(out, blocks)``."""
+    quantized, code = base.params[name + "_scale"], base.params[name + "_scale_code"]
+    scale = base.params[name + "_scale_scale"].repeat_interleave(256)[: quantized.numel()].reshape(quantized.shape)
+    return (code[quantized.long()] * scale + base.params[name + "_scale_offset"]).double()
 
 
 @functools.cache
@@ -151,7 +168,7 @@ def case_of(name: str, precision: Precision, scheme: str) -> Case:
     return Case(name, precision, model, base, tuned, ids)
 
 
-@pytest.fixture(params=[(n, s) for n in MODELS for s in ("int8", "blockwise8")], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(params=[(n, s) for n in MODELS for s in ("int8", "blockwise8", "nf4")], ids=lambda p: f"{p[0]}-{p[1]}")
 def kind(request) -> tuple[str, str]:
     return request.param
 

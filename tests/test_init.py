@@ -202,7 +202,7 @@ def test_tables_start_as_ever(model, base, init):
 # --- a fresh finetune is the base
 
 
-@pytest.mark.parametrize("scheme", ["int8", "blockwise8"])
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
 @pytest.mark.parametrize("rank_stabilized", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("init", ["default", "gaussian", *FROM_THE_WEIGHT])
@@ -234,7 +234,7 @@ def test_a_fresh_finetune_of_a_real_architecture_is_the_base(make, settings):
 # --- PiSSA
 
 
-@pytest.mark.parametrize("scheme", ["int8", "blockwise8"])
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
 @pytest.mark.parametrize("settings", [{}, {"rank_stabilized": True, "alpha": 0.7}, {"alpha": -3.0}], ids=str)
 def test_pissa_is_the_best_matrix_of_that_rank(model, scheme, settings):
     base = ft.quantize_base_model(model, scheme=scheme, modules_not_to_quantize={"floating"})
@@ -354,7 +354,7 @@ def test_gaussian_is_drawn_as_in_peft():
 # --- LoftQ
 
 
-@pytest.mark.parametrize("scheme", ["int8", "blockwise8"])
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
 @pytest.mark.parametrize("settings", [{}, {"rank_stabilized": True, "alpha": 0.7}, {"alpha": -3.0}], ids=str)
 def test_loftq_is_pefts_decomposition_of_what_was_lost(model, scheme, settings):
     from peft.utils.loftq_utils import _low_rank_decomposition
@@ -380,7 +380,7 @@ def test_loftq_is_pefts_decomposition_of_what_was_lost(model, scheme, settings):
         assert_close(product, expected, 1e-4, unlike=best_of_rank(lost.double(), 2))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "blockwise8"])
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
 @pytest.mark.parametrize("alpha", [2.0, -0.5])
 def test_loftq_recovers_more_with_every_rank(model, scheme, alpha):
     base = ft.quantize_base_model(model, modules_not_to_quantize=(), scheme=scheme)
@@ -404,7 +404,7 @@ def test_loftq_recovers_more_with_every_rank(model, scheme, alpha):
     assert errors["floating"][-1] < 1e-4 * errors["floating"][0]  # of six rows, six directions are all
 
 
-@pytest.mark.parametrize("scheme", ["int8", "blockwise8"])
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
 def test_loftq_is_nearer_to_the_float_model(scheme):
     """The one start that is not the base: at the whole rank it is the float model."""
     torch.manual_seed(0)
@@ -615,7 +615,7 @@ def test_loftq_with_the_weights_of_another_model(base):
     )
 
 
-@pytest.mark.parametrize("scheme", ["int8", "blockwise8"])
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
 def test_loftq_with_a_model_of_the_same_shapes(model, scheme):
     """No rounding is that large: it is another model."""
     base = ft.quantize_base_model(model, scheme=scheme)
@@ -627,7 +627,7 @@ def test_loftq_with_a_model_of_the_same_shapes(model, scheme):
     )
 
 
-@pytest.mark.parametrize("scheme", ["int8", "blockwise8"])
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
 def test_loftq_of_rows_with_an_outlier(scheme):
     """The worst that a row can lose: all but its largest number. It is still the right model."""
     torch.manual_seed(0)

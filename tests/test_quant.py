@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import finetuna_func as ft
 from finetuna_func import _quant
-from finetuna_func._quant import Blockwise8, Int8, Int8Dynamic, absmax_quantize, check_quantizable, scheme_named
+from finetuna_func._quant import Blockwise8, Int8, Int8Dynamic, Nf4, absmax_quantize, check_quantizable, scheme_named
 
-SCHEMES = [Int8(), Int8Dynamic(), Blockwise8()]
+SCHEMES = [Int8(), Int8Dynamic(), Blockwise8(), Nf4()]
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 scheme_ids = [type(scheme).__name__ for scheme in SCHEMES]
 
@@ -66,6 +66,87 @@ def test_blockwise8_is_bitsandbytes_bit_for_bit(shape, seed):
     back = Blockwise8().dequantize(torch.float32, *mine.values())
     assert torch.equal(back, bnb.dequantize_blockwise(codes, state))
     assert not torch.equal(back, weight) or weight.numel() == 1
+
+
+def bnb_state(leaves: tuple[Tensor, ...], shape: tuple[int, ...]) -> bnb.QuantState:
+    """Our nf4 leaves as bitsandbytes holds them."""
+    _, code, scale, nested_scale, nested_code, offset = leaves
+    nested = bnb.QuantState(absmax=nested_scale, code=nested_code, blocksize=256, dtype=torch.float32)
+    return bnb.QuantState(
+        absmax=scale.reshape(-1),
+        shape=torch.Size(shape),
+        dtype=torch.float32,
+        blocksize=64,
+        code=code,
+        quant_type="nf4",
+        offset=offset,
+        state2=nested,
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (3, 128), (5, 64), (33, 192), (600, 1536)])
+def test_nf4_is_bitsandbytes_bit_for_bit(shape, seed):
+    weight = torch.randn(shape) * torch.rand(shape[0], 1).exp()
+    weight[0, 0] = 0
+    packed, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4", blocksize=64)
+    leaves = leaves_of(Nf4(), weight)
+    codes, code, scale, nested_scale, nested_code, offset = leaves
+    assert codes.dtype == scale.dtype == torch.uint8
+    assert codes.shape == (shape[0], shape[1] // 2) and scale.shape == (shape[0], shape[1] // 64)
+    assert torch.equal(codes.reshape(-1, 1), packed) and torch.equal(code, state.code)
+    assert torch.equal(nested_code, state.state2.code)
+    # bitsandbytes' offset is a float32 mean, whose last bits depend on the number of threads; ours is rounded once.
+    assert abs(offset - state.offset) <= 4 * 2.0**-24 * offset
+    _, plain = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    nested, nested_state = bnb.quantize_blockwise(plain.absmax - offset, blocksize=256)
+    assert torch.equal(scale.reshape(-1), nested) and torch.equal(nested_scale, nested_state.absmax)
+    back = Nf4().dequantize(torch.float32, *leaves)
+    assert torch.equal(back, bnb.dequantize_4bit(packed, bnb_state(leaves, shape)))
+    theirs = bnb.dequantize_4bit(packed, state)
+    assert (back - theirs).abs().max() <= 2.0**-7 * offset  # a step of the dynamic code, had the offset crossed one
+    assert not torch.equal(back, weight) and (back - weight).abs().max() > 2.0**-5 * offset
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_of_nf4_is_the_plain_form_bit_for_bit(dtype, seed):
+    leaves = leaves_of(Nf4(), torch.randn(6, 192))
+    plain = Nf4().dequantize(dtype, *leaves)
+    assert torch.equal(Nf4()._by_kernel(dtype, *leaves), plain) and plain.dtype == dtype
+    strided = (leaves[0].mT.contiguous().mT, *leaves[1:])
+    assert not strided[0].is_contiguous()
+    assert torch.equal(Nf4()._by_kernel(dtype, *strided), plain)
+    other = leaves_of(Nf4(), torch.randn(6, 192))
+    assert not torch.equal(Nf4()._by_kernel(dtype, *other), plain)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 63), (2, 65), (3, 66), (4, 2), (0, 64), (0, 3), (4, 0)])
+def test_nf4_of_any_shape_is_that_of_rows_filled_up_with_zeros(shape, seed):
+    weight = torch.randn(shape)
+    leaves = leaves_of(Nf4(), weight)
+    odd = shape[1] % 2 == 1
+    assert leaves[0].dtype == (torch.int8 if odd else torch.uint8)
+    assert leaves[0].shape == (shape if odd else (shape[0], shape[1] // 2))
+    assert leaves[2].shape == (shape[0], math.ceil(shape[1] / 64))
+    back = Nf4().dequantize(torch.float32, *leaves)
+    filled = leaves_of(Nf4(), F.pad(weight, (0, -shape[1] % 64)))
+    assert torch.equal(back, Nf4().dequantize(torch.float32, *filled)[:, : shape[1]])
+    assert back.shape == shape and back.is_contiguous()
+    assert back.numel() == 0 or (back != 0).any()
+
+
+@given(shape=shapes, exponent=st.integers(-30, 30), seed=st.integers(0, 2**31))
+def test_nf4_error_is_at_most_half_the_widest_gap(shape, exponent, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = ((torch.rand(shape, generator=generator) * 2 - 1).double() * 10.0**exponent).float()
+    leaves = leaves_of(Nf4(), weight)
+    back = Nf4().dequantize(torch.float64, *leaves)
+    blocks = F.pad(weight.double(), (0, -shape[1] % 64)).unflatten(1, (-1, 64))
+    absmax = blocks.abs().amax(-1).repeat_interleave(64, 1)[:, : shape[1]]
+    gap = leaves[1].double().diff().max()
+    # The absmax is off by what blockwise8 loses (see its test) of its distance from the mean, itself below the largest.
+    nested = leaves[4].double().sort().values.diff().max() / 2 + 3e-5
+    allowed = gap / 2 * absmax + nested * absmax.max() + 1e-6 * absmax.max()
+    assert ((weight.double() - back).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=scheme_ids)
@@ -199,7 +280,7 @@ def test_rows_are_rows_of_the_matrix(scheme, dtype, ids_shape, seed):
         assert not torch.equal(rows, matrix[(ids + 1) % 13])
 
 
-@pytest.mark.parametrize("scheme", [Int8(), Blockwise8()], ids=["Int8", "Blockwise8"])
+@pytest.mark.parametrize("scheme", [Int8(), Blockwise8(), Nf4()], ids=["Int8", "Blockwise8", "Nf4"])
 @pytest.mark.parametrize("dtype", UNIT)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matmul_is_the_float_product(scheme, dtype, transposed, seed):
@@ -226,12 +307,14 @@ def test_matmul_is_the_float_product(scheme, dtype, transposed, seed):
     assert not ((mine.double() - shuffled).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("scheme", [Int8(), Int8Dynamic(), Blockwise8()], ids=scheme_ids)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=scheme_ids)
 def test_float16_does_not_overflow_with_large_activations(scheme, seed):
     weight = torch.randn(8, 512) * 0.02
     x = (torch.randn(4, 512) * 4000).half()
     leaves = leaves_of(scheme, weight)
-    assert torch.matmul(x.float(), leaves[0].float().T).abs().max() > 65504  # the unscaled product would overflow
+    if scheme.name == "int8":
+        unscaled = torch.matmul(x.float(), leaves[0].float().T)
+        assert unscaled.abs().max() > 65504  # it would overflow
     mine = scheme.matmul(x, *leaves)
     expected = F.linear(x.double(), scheme.dequantize(torch.float64, *leaves))
     # float16 weights and result (2 * 2**-11), against cancellation in sums of 512 terms; W8A8 rounds x to 8 bits too.
@@ -239,7 +322,7 @@ def test_float16_does_not_overflow_with_large_activations(scheme, seed):
     assert_close(mine, expected, tolerance, unlike=expected.roll(1, 1))
 
 
-@pytest.mark.parametrize("scheme", [Int8(), Blockwise8()], ids=["Int8", "Blockwise8"])
+@pytest.mark.parametrize("scheme", [Int8(), Blockwise8(), Nf4()], ids=["Int8", "Blockwise8", "Nf4"])
 @pytest.mark.parametrize("size", [1e4, 1.0, 1e-2, 1e-3, 1e-4])
 def test_float16_gradients_do_not_underflow(scheme, size, seed):
     weight = torch.randn(256, 64) * 0.02
@@ -295,7 +378,8 @@ def test_w8a8_zero_rows(seed):
 
 def test_w8a8_is_linearised_as_w8a16():
     assert Int8Dynamic().linearised == Int8()
-    assert Int8().linearised == Int8() and Blockwise8().linearised == Blockwise8()
+    for scheme in (Int8(), Blockwise8(), Nf4()):
+        assert scheme.linearised == scheme
     assert Int8Dynamic() != Int8()
 
 
@@ -309,7 +393,7 @@ def test_nan_and_infinity_are_refused(bad):
         model[0].weight[1, 2] = bad
         model[0].weight[2, 0] = bad
     message = (
-        "0.weight: 2 of 12 weights are NaN or infinite, which 8 bits cannot hold; "
+        "0.weight: 2 of 12 weights are NaN or infinite, which no quantized format holds; "
         "repair the checkpoint, or keep this layer in float with modules_not_to_quantize."
     )
     with pytest.raises(ValueError) as error:
@@ -348,11 +432,12 @@ def test_three_dimensions_are_refused():
     assert str(error.value) == "experts.weight: expected a matrix to quantize, got shape (2, 3, 4)."
 
 
-@pytest.mark.parametrize(("scheme", "matmul"), [("int4", "w8a16"), ("int8", "w4a4"), ("blockwise8", "w8a8")])
+@pytest.mark.parametrize(("scheme", "matmul"), [("int4", "w8a16"), ("int8", "w4a4"), ("blockwise8", "w8a8"), ("nf4", "w8a8")])
 def test_unknown_schemes(scheme, matmul):
     message = (
         f"scheme='{scheme}', matmul='{matmul}': no such format; there are scheme='int8' with matmul='w8a16', "
-        "scheme='int8' with matmul='w8a8', scheme='blockwise8' with matmul='w8a16'."
+        "scheme='int8' with matmul='w8a8', scheme='blockwise8' with matmul='w8a16', "
+        "scheme='nf4' with matmul='w8a16'."
     )
     with pytest.raises(ValueError) as error:
         scheme_named(scheme, matmul)

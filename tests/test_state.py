@@ -169,7 +169,7 @@ def load_merged(model: nn.Module, merged: dict[str, torch.Tensor], *, untie: boo
 
 
 @pytest.mark.parametrize("model_class", [Everything, Tiny, Mlp])
-@pytest.mark.parametrize("scheme", ["int8", "blockwise8"])
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
 def test_merged_computes_what_the_finetune_computes(model_class, scheme, seed):
     model = model_class().eval()
     base = ft.quantize_base_model(model, scheme=scheme)

@@ -719,7 +719,7 @@ def test_gradcheck_of_apply(double):
     )
 
 
-@pytest.mark.parametrize("scheme", ["int8", "blockwise8"])
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
 def test_gradcheck_of_apply_on_ids(scheme, seed):
     model = Tiny(6, 3, 2).double()
     base = ft.quantize_base_model(model, scheme=scheme)

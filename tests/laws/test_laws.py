@@ -85,7 +85,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 @st.composite
 def cases(
-    draw, dtypes=tuple(DTYPES), schemes=("int8", "blockwise8"), dropout=False, bias_adapters=True, dora=True
+    draw, dtypes=tuple(DTYPES), schemes=("int8", "blockwise8", "nf4"), dropout=False, bias_adapters=True, dora=True
 ) -> Case:
     dtype = draw(st.sampled_from(list(dtypes)))
     tied, ids = draw(st.booleans()), draw(st.booleans())
@@ -134,6 +134,9 @@ def cases(
 def close(case: Case, actual: Tensor, expected: Tensor, factor: float = 1.0) -> None:
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     error = relative_error(actual, expected)
+    # A result may be far smaller than what it was computed from, numbers of size 1: half a rounding of one is allowed.
+    if case.dtype == torch.bfloat16 and (actual.double() - expected.double()).abs().max() <= 2.0**-9:
+        return
     assert error <= factor * TOLERANCE[case.dtype], error
 
 
