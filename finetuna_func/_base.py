@@ -1,19 +1,19 @@
-"""Making a base: every Linear and Embedding to 8 bits once, the rest copied, the model untouched."""
+"""Making a base: every Linear and Embedding to 8 bits (or 4) once, the rest copied, the model untouched."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from finetuna_func._filters import as_names, join_name, matches, select, split_name
+from finetuna_func._filters import as_names, join_name, lookup, matches, select, split_name
 from finetuna_func._hf import weights_read_by_parent
 from finetuna_func._layers import float_weight, layer_type
-from finetuna_func._quant import Scheme, check_quantizable, scheme_named
+from finetuna_func._quant import Int8, Scheme, SchemeChoice, check_quantizable, scheme_named, schemes_by_selector
 from finetuna_func._skeleton import Skeleton, find_ties
 from finetuna_func._types import Base, Params, Selector
 from finetuna_func._unpack import ready_codes, unpacked
@@ -28,7 +28,7 @@ def quantize_base_model(
     model: nn.Module,
     *,
     modules_not_to_quantize: Selector = DEFAULT_HEAD,
-    scheme: str = "int8",
+    scheme: SchemeChoice = "int8",
     matmul: str = "w8a16",
     device: torch.device | str | None = None,
 ) -> Base:
@@ -43,26 +43,35 @@ def quantize_base_model(
         model: Any module with its weights in float32, bfloat16, float16 or float64. Layers that
             bitsandbytes holds in 8 bits already are taken over as they are.
         modules_not_to_quantize: Leaf names, dotted paths or regexes of layers to keep in float.
-        scheme: ``"int8"`` (row-wise absmax, LLM.int8() arXiv 2208.07339) or ``"blockwise8"``
-            (dynamic code in blocks of 256, arXiv 2110.02861).
+        scheme: ``"int8"`` (row-wise absmax, LLM.int8() arXiv 2208.07339), ``"blockwise8"``
+            (dynamic code in blocks of 256, arXiv 2110.02861), ``"nf4"`` (4 bits with double
+            quantization, QLoRA arXiv 2305.14314), or ``None`` for float. Or a dict of them by layer,
+            ``{"down_proj": "int8", "layers.0": None, "*": "nf4"}``: a key is a selector as above, an
+            exact path beats any other key, two keys that disagree about a layer are an error, and
+            ``"*"`` stands for all other layers (int8 if it is absent). Of layers that share a weight
+            it is enough to name one.
         matmul: ``"w8a16"``, activations in float, or ``"w8a8"``, activations quantized row by row
-            as well (int8 only; LLM.int8() with threshold 0).
+            as well (int8 layers only; LLM.int8() with threshold 0).
         device: Where the base lives; by default where each weight is.
 
     Raises:
-        ValueError: A selector that matches nothing, an unknown scheme, NaN or infinite weights,
-            ``max_norm`` embeddings (they change their table in forward).
-        TypeError: Not a module, or weights that are not floating point.
+        ValueError: A selector that matches nothing or changes nothing, an unknown scheme, NaN or
+            infinite weights, ``max_norm`` embeddings (they change their table in forward).
+        TypeError: Not a module, weights that are not floating point, or a scheme of another type.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4))
         >>> base = quantize_base_model(model)
         >>> base.params["0.weight"].dtype, base.params["0.weight_scale"].shape
         (torch.int8, torch.Size([4]))
+        >>> model = nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 4))
+        >>> mixed = quantize_base_model(model, scheme={"0": "nf4", "*": None})
+        >>> mixed.params["0.weight"].shape, mixed.params["1.weight"].dtype
+        (torch.Size([4, 32]), torch.float32)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    chosen = scheme_named(scheme, matmul)
+    table = schemes_by_selector(scheme, matmul)
     model, packings = unpacked(model)
     ties = find_ties(model)
     read_by_parent = weights_read_by_parent(model)
@@ -81,16 +90,18 @@ def quantize_base_model(
     else:
         kept = select("modules_not_to_quantize", names, paths)
     ready = {path: codes for path, module in candidates.items() if (codes := ready_codes(module)) is not None}
-    schemes: dict[str, Scheme] = {path: scheme_named("int8", matmul if scheme == "int8" else "w8a16") for path in ready}
     both = sorted(kept & ready.keys())
     if both and modules_not_to_quantize is not DEFAULT_HEAD:
         raise ValueError(
             f"modules_not_to_quantize: {both[:5]} are in 8 bits already (bitsandbytes); load the model in float to "
             "keep them in float."
         )
-    for sharers in _sharing_weights(model, ties):
-        if all(path in candidates and path not in kept and path not in ready for path in sharers):
-            schemes.update(dict.fromkeys(sharers, chosen))
+    free = [
+        sharers
+        for sharers in _sharing_weights(model, ties)
+        if all(path in candidates and path not in kept and path not in ready for path in sharers)
+    ]
+    schemes = _scheme_of_each(table, candidates, free, ready)
     params: dict[str, Tensor] = {}
     for name, leaf in _tensors(model):
         if name in ties:
@@ -104,11 +115,53 @@ def quantize_base_model(
         if own == "weight" and path in schemes:
             kind = layer_type(candidates[path])
             assert kind is not None
-            params.update(_quantize_weight(name, float_weight(kind, leaf.detach()), chosen, device))
+            params.update(_quantize_weight(name, float_weight(kind, leaf.detach()), schemes[path], device))
         else:
             params[name] = leaf.detach().clone().to(device or leaf.device)
-    skeleton = Skeleton(model, schemes, chosen, packings)
+    skeleton = Skeleton(model, schemes, table["*"] or scheme_named("int8", matmul), packings)
     return Base(params, skeleton, fingerprint_of(skeleton, params))
+
+
+def _scheme_of_each(
+    table: Mapping[str, Scheme | None],
+    candidates: Collection[str],
+    free: Iterable[Collection[str]],
+    ready: Collection[str],
+) -> dict[str, Scheme]:
+    """Returns the scheme of each quantized layer, by path.
+
+    Args:
+        table: By selector, with ``"*"``.
+        candidates: Layers that can be quantized.
+        free: Those whose format is to be chosen, in groups that share a weight.
+        ready: Those that are int8 already.
+    """
+    others = table["*"]
+    named = {selector: scheme for selector, scheme in table.items() if selector != "*"}
+    select("scheme", named, candidates, what="layer that can be quantized")
+    own = {path: lookup("scheme", named, path) for path in candidates if any(matches(key, path) for key in named)}
+    schemes: dict[str, Scheme] = {}
+    for path in ready:
+        scheme = own.get(path, others)
+        if path in own and not isinstance(scheme, Int8):
+            raise ValueError(
+                f"scheme: {path!r} is in int8 already (bitsandbytes); load the model in float to change that."
+            )
+        schemes[path] = scheme if isinstance(scheme, Int8) else Int8()
+    for sharers in free:
+        wanted = {own[path] for path in sharers if path in own}
+        if len(wanted) > 1:
+            raise ValueError(f"scheme: {sorted(sharers)} share one weight, but are to have different formats.")
+        scheme = wanted.pop() if wanted else others
+        if scheme is not None:
+            schemes.update(dict.fromkeys(sharers, scheme))
+    for selector, scheme in named.items():
+        if scheme is not None and not any(matches(selector, path) for path in schemes):
+            raise ValueError(
+                f"scheme: what {selector!r} names stays in float, because modules_not_to_quantize (by default lm_head) "
+                "keeps it, or a layer that shares its weight; pass another modules_not_to_quantize, such as ()."
+            )
+    return schemes
 
 
 def quantized_leaves(base: Base, path: str) -> Params:
@@ -175,6 +228,8 @@ def fingerprint_of(skeleton: Skeleton, params: Params) -> str:
     for path in sorted(skeleton.layers):
         layer = skeleton.layers[path]
         digest.update(f"{path}|{layer.scheme}|{layer.dtype}".encode())
+        if layer.quantizable and layer.scheme is None:  # what a finetune would use it in
+            digest.update(f"|{skeleton.default_scheme}".encode())
     for name in sorted(params):
         leaf = params[name]
         digest.update(f"{name}|{tuple(leaf.shape)}|{leaf.dtype}|{_checksum(leaf)}".encode())

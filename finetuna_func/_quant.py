@@ -24,8 +24,9 @@ looked up alone; a row of odd width has one code a byte (dtype int8), which no l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,10 @@ class Scheme(Protocol):
     def linearised(self) -> Scheme:
         """The scheme whose `matmul` is the derivative of this one's."""
         ...
+
+
+SchemeChoice: TypeAlias = "str | Scheme | Mapping[str, str | Scheme | None] | None"
+"""A scheme or its name, ``None`` for float, or one of them for each of several selectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +337,32 @@ def scheme_named(name: str, matmul: str = "w8a16") -> Scheme:
         choices = ", ".join(f"scheme={s!r} with matmul={m!r}" for s, m in schemes)
         raise ValueError(f"scheme={name!r}, matmul={matmul!r}: no such format; there are {choices}.")
     return schemes[name, matmul]
+
+
+def schemes_by_selector(scheme: SchemeChoice, matmul: str = "w8a16") -> dict[str, Scheme | None]:
+    """Returns the scheme of each selector, ``None`` for float; ``"*"``, always there, stands for all other layers.
+
+    Args:
+        scheme: One scheme for all layers, or ``{selector: scheme}``, without ``"*"`` int8 for all others.
+        matmul: For the entries ``"int8"``; the other schemes have one form only.
+
+    Raises:
+        TypeError: Something other than names and schemes.
+        ValueError: An unknown name, or a ``matmul`` that none of the schemes has.
+    """
+    table = {"*": "int8", **scheme} if isinstance(scheme, Mapping) else {"*": scheme}
+    dynamic = not isinstance(scheme, Mapping) or "int8" not in table.values()
+    chosen: dict[str, Scheme | None] = {}
+    for selector, value in table.items():
+        if not isinstance(selector, str):
+            raise TypeError(f"scheme: expected names of modules as keys, got {selector!r}.")
+        if isinstance(value, str):
+            chosen[selector] = scheme_named(value, matmul if dynamic or value == "int8" else "w8a16")
+        elif value is None or hasattr(value, "linearised"):
+            chosen[selector] = value
+        else:
+            raise TypeError(f"scheme: expected the name of a format or None, got {value!r} of {type(value).__name__}.")
+    return chosen
 
 
 def absmax_quantize(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -236,6 +236,24 @@ class Base:
         """Bytes of the tensors, each storage counted once."""
         return tree_bytes(self.params)
 
+    @property
+    def bits_per_param(self) -> float:
+        """Bits that hold a parameter of the model, scales included: 32.0 in float32, about 8 in int8, 4 in nf4.
+
+        The mean over all parameters, quantized or not; tied ones count once, buffers not at all.
+        """
+        skeleton = self.skeleton
+        own = [name for name in skeleton.shapes if name not in skeleton.ties]
+        scales = [
+            f"{path}.weight{suffix}" if path else f"weight{suffix}"
+            for path, layer in skeleton.layers.items()
+            if layer.scheme is not None
+            for suffix in layer.scheme.suffixes
+        ]
+        held = {name: self.params[name] for name in (*own, *scales) if name in self.params}
+        numbers = sum(math.prod(skeleton.shapes[name]) for name in own)
+        return 8 * tree_bytes(held) / numbers if numbers else 0.0
+
     def to(self, device: torch.device | str) -> Base:
         """Returns the base on another device (same fingerprint); itself if it is there already."""
         if all(leaf.device == torch.device(device) for leaf in self.params.values()):

@@ -16,7 +16,11 @@ from finetuna_func._ops import _FrozenMatmul, dequantized_matmul, frozen_matmul
 from finetuna_func._quant import Blockwise8, Int8, Int8Dynamic, Nf4
 
 SCHEMES = [Int8(), Int8Dynamic(), Blockwise8(), Nf4()]
-LINEAR = [Int8(), Blockwise8(), Nf4()]  # whose product is linear in x; W8A8 rounds x and is differentiated straight through
+LINEAR = [
+    Int8(),
+    Blockwise8(),
+    Nf4(),
+]  # whose product is linear in x; W8A8 rounds x and is differentiated straight through
 IN, OUT = 5, 4
 
 

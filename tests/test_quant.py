@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from models import assert_close
+from models import assert_close, randomized
 from torch import Tensor, nn
 
 import finetuna_func as ft
@@ -432,7 +433,9 @@ def test_three_dimensions_are_refused():
     assert str(error.value) == "experts.weight: expected a matrix to quantize, got shape (2, 3, 4)."
 
 
-@pytest.mark.parametrize(("scheme", "matmul"), [("int4", "w8a16"), ("int8", "w4a4"), ("blockwise8", "w8a8"), ("nf4", "w8a8")])
+@pytest.mark.parametrize(
+    ("scheme", "matmul"), [("int4", "w8a16"), ("int8", "w4a4"), ("blockwise8", "w8a8"), ("nf4", "w8a8")]
+)
 def test_unknown_schemes(scheme, matmul):
     message = (
         f"scheme='{scheme}', matmul='{matmul}': no such format; there are scheme='int8' with matmul='w8a16', "
@@ -468,3 +471,242 @@ def test_quantizing_does_not_touch_the_weight(scheme, seed):
     assert torch.equal(weight, before) and weight._version == version
     assert torch.equal(x, x_before)
     assert all(torch.equal(leaf, copy) for leaf, copy in zip(leaves, copies, strict=True))
+
+
+# --- a scheme for each layer
+
+
+class Blocks(nn.Module):
+    """Two blocks of attention-like and mlp-like layers, between a table and a head that may be the table."""
+
+    def __init__(self, *, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, 64)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q_proj": nn.Linear(64, 64), "mlp": nn.ModuleDict({"up": nn.Linear(64, 64)})})
+            for _ in range(2)
+        )
+        self.head = nn.Linear(64, 12, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + torch.tanh(block["mlp"]["up"](torch.tanh(block["q_proj"](x))))
+        return self.head(x)
+
+
+def formats(base: ft.Base) -> dict[str, str]:
+    """What each layer of `Blocks` is held in."""
+    return {
+        path.replace("blocks.", ""): "float" if layer.scheme is None else type(layer.scheme).__name__
+        for path, layer in base.skeleton.layers.items()
+        if layer.shape is not None
+    }
+
+
+def quantized(scheme, *, tied: bool = False, keep=(), **settings) -> dict[str, str]:
+    torch.manual_seed(0)
+    return formats(ft.quantize_base_model(Blocks(tied=tied), scheme=scheme, modules_not_to_quantize=keep, **settings))
+
+
+def test_a_scheme_for_each_layer():
+    assert quantized({"q_proj": "nf4", r".*mlp.*": "blockwise8", "head": None}) == {
+        "embed": "Int8",
+        "0.q_proj": "Nf4",
+        "0.mlp.up": "Blockwise8",
+        "1.q_proj": "Nf4",
+        "1.mlp.up": "Blockwise8",
+        "head": "float",
+    }
+    rest = quantized({"blocks.1": None, "*": "nf4"})
+    assert rest == dict.fromkeys(("embed", "0.q_proj", "0.mlp.up", "head"), "Nf4") | {
+        "1.q_proj": "float",
+        "1.mlp.up": "float",
+    }
+    assert set(quantized(None).values()) == {"float"}
+    assert quantized({"*": None, "q_proj": Nf4()}) == quantized({"*": None, "q_proj": "nf4"})
+    assert quantized({}) == quantized("int8")
+
+
+def test_an_exact_path_beats_any_other_selector():
+    got = quantized({"q_proj": "nf4", "blocks.1.q_proj": "blockwise8", "*": "int8"})
+    assert (got["0.q_proj"], got["1.q_proj"]) == ("Nf4", "Blockwise8")
+    assert quantized({"blocks.1.q_proj": "blockwise8", "*": "int8", "q_proj": "nf4"}) == got  # in any order
+    with pytest.raises(ValueError) as error:
+        quantized({"q_proj": "nf4", "blocks.1": "int8"})
+    assert str(error.value) == (
+        "scheme: the keys ['blocks.1', 'q_proj'] all name 'blocks.1.q_proj' but with different values; keep one, or "
+        "use the exact path, which takes precedence."
+    )
+    assert quantized({"q_proj": "nf4", "blocks.1": "nf4"})["1.q_proj"] == "Nf4"  # they agree
+
+
+def test_8_bit_activations_are_for_the_int8_layers():
+    got = quantized({"q_proj": "nf4", "head": "blockwise8"}, matmul="w8a8")
+    assert (got["0.q_proj"], got["head"], got["0.mlp.up"], got["embed"]) == (
+        "Nf4",
+        "Blockwise8",
+        "Int8Dynamic",
+        "Int8Dynamic",
+    )
+    with pytest.raises(ValueError, match="no such format"):
+        quantized({"*": "int8"}, matmul="w4a4")
+    with pytest.raises(ValueError, match="no such format"):
+        quantized({"*": "nf4", "head": None}, matmul="w8a8")
+
+
+def test_tied_layers_have_one_format():
+    for scheme in ({"embed": "nf4"}, {"head": "nf4"}, {"embed": "nf4", "head": "nf4"}):
+        got = quantized(scheme, tied=True)
+        assert got["embed"] == got["head"] == "Nf4" and got["0.q_proj"] == "Int8"
+    assert quantized({"head": None}, tied=True)["embed"] == "float"
+    with pytest.raises(ValueError) as error:
+        quantized({"embed": "nf4", "head": "int8"}, tied=True)
+    assert str(error.value) == "scheme: ['embed', 'head'] share one weight, but are to have different formats."
+    assert quantized({"embed": "nf4", "head": "int8"})["embed"] == "Nf4"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_scheme_for_a_layer_that_stays_in_float(tied):
+    selector = "embed" if tied else "head"
+    with pytest.raises(ValueError) as error:
+        quantized({selector: "nf4"}, keep={"head"}, tied=tied)
+    assert str(error.value) == (
+        f"scheme: what {selector!r} names stays in float, because modules_not_to_quantize (by default lm_head) keeps "
+        "it, or a layer that shares its weight; pass another modules_not_to_quantize, such as ()."
+    )
+    assert quantized({selector: None}, keep={"head"}, tied=tied)["head"] == "float"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "error", "message"),
+    [
+        (
+            {"q_porj": "nf4"},
+            ValueError,
+            "scheme: 'q_porj' matches no layer that can be quantized. Did you mean 'q_proj'?",
+        ),
+        ({"q_proj": 4}, TypeError, "scheme: expected the name of a format or None, got 4 of int."),
+        ({3: "nf4"}, TypeError, "scheme: expected names of modules as keys, got 3."),
+        (8, TypeError, "scheme: expected the name of a format or None, got 8 of int."),
+    ],
+)
+def test_what_is_no_scheme(scheme, error, message):
+    with pytest.raises(error) as caught:
+        quantized(scheme)
+    assert str(caught.value) == message
+
+
+def test_an_unknown_name_in_a_dict_is_refused():
+    with pytest.raises(ValueError, match="scheme='fp4', matmul='w8a16': no such format"):
+        quantized({"q_proj": "fp4"})
+
+
+def test_each_layer_holds_what_its_scheme_makes_of_it():
+    torch.manual_seed(0)
+    model = Blocks()
+    base = ft.quantize_base_model(
+        model, scheme={"q_proj": "nf4", "mlp": "blockwise8", "head": None}, modules_not_to_quantize=()
+    )
+    for path, scheme in {"blocks.0.q_proj": Nf4(), "blocks.0.mlp.up": Blockwise8(), "embed": Int8()}.items():
+        name = f"{path}.weight"
+        expected = scheme.quantize(model.get_parameter(name).detach())
+        for suffix, leaf in expected.items():
+            assert torch.equal(base.params[name + suffix], leaf) and leaf.dtype == base.params[name + suffix].dtype
+        assert {n for n in base.params if n.startswith(name)} == {name + suffix for suffix in scheme.suffixes}
+    assert torch.equal(base.params["head.weight"], model.head.weight)
+    merged = copy.deepcopy(model)
+    merged.load_state_dict(ft.merge(base, None))
+    ids = torch.randint(0, 12, (3, 5))
+    # float32 sums of 64 terms through five layers
+    assert_close(ft.apply(base, None, ids), merged(ids), 1e-5, unlike=model(ids))
+
+
+def test_the_fingerprint_covers_the_scheme_of_each_layer():
+    torch.manual_seed(0)
+    model = Blocks()
+
+    def fingerprint(scheme, keep=()):
+        return ft.quantize_base_model(model, scheme=scheme, modules_not_to_quantize=keep).fingerprint
+
+    assert fingerprint({"q_proj": "nf4"}) == fingerprint({"blocks.0.q_proj": "nf4", "blocks.1.q_proj": "nf4"})
+    different = [
+        fingerprint("int8"),
+        fingerprint("nf4"),
+        fingerprint({"q_proj": "nf4"}),
+        fingerprint({"blocks.0.q_proj": "nf4"}),
+        fingerprint({"q_proj": None}),
+        fingerprint(None),
+        fingerprint("int8", keep={"embed", "blocks", "head"}),  # all in float, but see below
+        fingerprint("nf4", keep={"embed", "blocks", "head"}),
+    ]
+    # What a finetune may later use in 8 bits is int8 by default, as it is with no scheme.
+    assert different.pop(5) == different[5]
+    assert len(set(different)) == len(different)
+
+
+def test_layers_quantized_later_take_the_scheme_of_all_others():
+    torch.manual_seed(0)
+    base = ft.quantize_base_model(Blocks(), scheme={"q_proj": "int8", "*": "nf4"}, modules_not_to_quantize={"head"})
+    tuned = ft.new_finetuned(base, plain_layers=(), modules_not_to_quantize=())
+    assert tuned.spec.quantized == ("head",)
+    assert set(base.derived["head"]) == {"head.weight" + suffix for suffix in Nf4().suffixes}
+    ids = torch.randint(0, 12, (2, 5))
+    assert not torch.equal(ft.apply(base, tuned, ids), ft.apply(base, None, ids))
+
+
+def test_a_mixed_base_all_ways(seed):
+    base = ft.quantize_base_model(
+        Blocks(tied=True), scheme={"embed": "nf4", "q_proj": None, "blocks.0.mlp": "blockwise8", "*": "int8"}
+    )
+    tuned = [randomized(ft.new_finetuned(base, plain_layers=()), i) for i in range(3)]
+    stacked, ids = ft.stack(tuned), torch.randint(0, 12, (3, 2, 5))
+
+    out = ft.apply_stacked(base, stacked, ids)
+    loop = torch.stack([ft.apply(base, t, i) for t, i in zip(tuned, ids, strict=True)])
+    mapped = torch.func.vmap(ft.apply, in_dims=(None, 0, 0))(base, stacked, ids)
+    # float32 sums of 64 terms through six layers, in another order
+    for other in (loop, mapped):
+        assert_close(out, other, 1e-5, unlike=ft.apply_stacked(base, stacked, ids.flip(0)))
+
+    def loss(tuned, ids):
+        return ft.apply(base, tuned, ids).square().mean()
+
+    _, gradients = ft.value_and_grad(loss)(tuned[0], ids[0])
+    by_func = torch.func.grad(lambda params: loss(tuned[0].replace(params=params), ids[0]))(dict(tuned[0].params))
+    merged = Blocks(tied=True)
+    merged.load_state_dict(ft.merge(base, tuned[0]))
+    merged(ids[0]).square().mean().backward()
+    for name, gradient in by_func.items():
+        assert_close(gradients[name], gradient, 1e-5, unlike=2 * gradient)
+    a, b = tuned[0].params["blocks.0.mlp.up.lora_a"], tuned[0].params["blocks.0.mlp.up.lora_b"]
+    of_weight = merged.blocks[0]["mlp"]["up"].weight.grad * tuned[0].consts["blocks.0.mlp.up.lora_scale"]
+    assert_close(gradients["blocks.0.mlp.up.lora_a"], b.T @ of_weight, 1e-4, unlike=b.T @ of_weight.T)
+    assert_close(gradients["blocks.0.mlp.up.lora_b"], of_weight @ a.T, 1e-4, unlike=of_weight.T @ a.T)
+
+
+# --- bits per parameter
+
+
+def test_bits_per_param():
+    torch.manual_seed(0)
+    numbers = 12 * 64 + 4 * (64 * 64 + 64)  # the table, which is the head, and four layers with a bias
+    for scheme, table, layer in (
+        ("int8", 8 * 12 * 64 + 32 * 12, 8 * 64 * 64 + 32 * 64),
+        ("blockwise8", 8 * 12 * 64 + 32 * (3 + 256), 8 * 64 * 64 + 32 * (16 + 256)),
+        ("nf4", 4 * 12 * 64 + 8 * 12 + 32 * (1 + 256 + 16 + 1), 4 * 64 * 64 + 8 * 64 + 32 * (1 + 256 + 16 + 1)),
+        (None, 32 * 12 * 64, 32 * 64 * 64),
+    ):
+        base = ft.quantize_base_model(Blocks(tied=True), scheme=scheme)
+        assert base.bits_per_param == pytest.approx((table + 4 * (layer + 32 * 64)) / numbers, rel=1e-12)
+    untied = ft.quantize_base_model(Blocks(), scheme=None)
+    assert untied.bits_per_param == 32
+    assert ft.quantize_base_model(Blocks().bfloat16(), scheme=None).bits_per_param == 16
+    assert ft.quantize_base_model(nn.Tanh()).bits_per_param == 0
+
+
+def test_buffers_are_no_parameters():
+    model = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 3))
+    assert ft.quantize_base_model(model, scheme=None).bits_per_param == 32
