@@ -36,6 +36,7 @@ from finetuna_func._types import Params
 
 _SMALLEST, _LARGEST = 1e-30, 3e38  # what a float32 scale times 127 holds with full precision
 _CHUNK = 1 << 24  # numbers quantized at a time, so that temporaries stay small beside the model
+_SLOW_INTEGERS = torch.backends.cpu.get_cpu_capability() != "AVX512"  # torch._int_mm is a scalar loop there
 
 SUFFIXES = ("", "_scale", "_code", "_scale_scale", "_scale_code", "_scale_offset")
 """What the leaves of all schemes are called beside the parameter's name."""
@@ -141,13 +142,11 @@ class Int8Dynamic(Int8):
     name: str = "int8"
 
     def matmul(self, x: Tensor, *leaves: Tensor) -> Tensor:
-        import bitsandbytes  # noqa: F401  (registers the torch.ops used below)
-
         codes, scale = leaves
         rows = x.reshape(-1, x.shape[-1])
         x_codes, x_scale = absmax_quantize(rows.float())
-        products = torch.ops.bitsandbytes.int8_linear_matmul(x_codes, codes)
-        y = products.to(_at_least_float32(x.dtype)) * (x_scale.unsqueeze(-1) * scale)
+        y = _integer_product(x_codes, codes).to(_at_least_float32(x.dtype))
+        y = y.mul_(x_scale.unsqueeze(-1)).mul_(scale)  # in place: y is as large as the result
         return y.to(x.dtype).reshape(*x.shape[:-1], codes.shape[0])
 
     @property
@@ -181,7 +180,7 @@ class Blockwise8:
     def dequantize(self, dtype: torch.dtype, *leaves: Tensor) -> Tensor:
         codes, scale, code = leaves
         wide = _at_least_float32(dtype)
-        values = F.embedding(codes.reshape(-1).int(), code.to(wide).unsqueeze(-1)).squeeze(-1)
+        values = code.to(wide).index_select(0, codes.reshape(-1).int())
         whole = codes.numel() // self.block * self.block
         blocks = values[:whole].reshape(-1, self.block) * scale[: whole // self.block].to(wide).unsqueeze(-1)
         flat = blocks.reshape(-1)
@@ -197,14 +196,23 @@ class Blockwise8:
         return (code[F.embedding(ids, codes).long()].to(wide) * scale[numbers // self.block].to(wide)).to(dtype)
 
     def matmul(self, x: Tensor, *leaves: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize(x.dtype, *leaves))
+        return F.linear(x, self._by_kernel(x.dtype, *leaves))
 
     def matmul_transposed(self, x: Tensor, *leaves: Tensor) -> Tensor:
-        return torch.matmul(x, self.dequantize(x.dtype, *leaves))
+        return torch.matmul(x, self._by_kernel(x.dtype, *leaves))
 
     @property
     def linearised(self) -> Scheme:
         return self
+
+    def _by_kernel(self, dtype: torch.dtype, *leaves: Tensor) -> Tensor:
+        """`dequantize` in bitsandbytes' kernel: the same numbers, faster and without temporaries."""
+        if dtype == torch.float64:
+            return self.dequantize(dtype, *leaves)
+        import bitsandbytes  # noqa: F401  (registers the torch.ops used below)
+
+        codes, scale, code = (leaf.contiguous() for leaf in leaves)
+        return torch.ops.bitsandbytes.dequantize_blockwise(codes, scale, code, self.block, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,10 +379,20 @@ def absmax_quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     ``|row - codes * scale| <= scale / 2``; a row that is zero, or below 1e-30 throughout, gets zero
     codes and scale 0, since the scale itself would lose its precision there.
     """
-    absmax = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1)
+    absmax = torch.maximum(-rows.amin(-1), rows.amax(-1))  # eight times as fast as the infinity norm on a CPU
     absmax = torch.where(absmax > _SMALLEST, absmax, 0.0)
     inverse = torch.where(absmax > 0, 127.0 / absmax, 0.0)
-    return torch.round(rows * inverse.unsqueeze(-1)).to(torch.int8), absmax / 127.0
+    return (rows * inverse.unsqueeze(-1)).round_().to(torch.int8), absmax / 127.0
+
+
+def _integer_product(x_codes: Tensor, codes: Tensor) -> Tensor:
+    """``x_codes @ codes.T`` of int8 matrices, int32 where integers are fast."""
+    if x_codes.device.type == "cpu" and _SLOW_INTEGERS:
+        # Float32 sums are exact up to 1040 columns, and round like any beyond.
+        return F.linear(x_codes.float(), codes.float())
+    import bitsandbytes  # noqa: F401  (registers the torch.ops used below)
+
+    return torch.ops.bitsandbytes.int8_linear_matmul(x_codes, codes)
 
 
 def check_quantizable(name: str, weight: Tensor) -> None:

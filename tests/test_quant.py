@@ -108,16 +108,19 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape, seed):
     assert not torch.equal(back, weight) and (back - weight).abs().max() > 2.0**-5 * offset
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_kernel_of_nf4_is_the_plain_form_bit_for_bit(dtype, seed):
-    leaves = leaves_of(Nf4(), torch.randn(6, 192))
-    plain = Nf4().dequantize(dtype, *leaves)
-    assert torch.equal(Nf4()._by_kernel(dtype, *leaves), plain) and plain.dtype == dtype
+@pytest.mark.parametrize("scheme", [Blockwise8(), Nf4()], ids=["Blockwise8", "Nf4"])
+@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize("shape", [(6, 192), (5, 77), (3, 66), (0, 64)])
+def test_the_kernel_is_the_plain_form_bit_for_bit(scheme, dtype, shape, seed):
+    leaves = leaves_of(scheme, torch.randn(shape))
+    plain = scheme.dequantize(dtype, *leaves)
+    assert torch.equal(scheme._by_kernel(dtype, *leaves), plain) and plain.dtype == dtype
     strided = (leaves[0].mT.contiguous().mT, *leaves[1:])
-    assert not strided[0].is_contiguous()
-    assert torch.equal(Nf4()._by_kernel(dtype, *strided), plain)
-    other = leaves_of(Nf4(), torch.randn(6, 192))
-    assert not torch.equal(Nf4()._by_kernel(dtype, *other), plain)
+    assert torch.equal(scheme._by_kernel(dtype, *strided), plain)
+    if plain.numel():
+        assert not strided[0].is_contiguous()
+        other = leaves_of(scheme, torch.randn(shape))
+        assert not torch.equal(scheme._by_kernel(dtype, *other), plain)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 63), (2, 65), (3, 66), (4, 2), (0, 64), (0, 3), (4, 0)])
@@ -354,6 +357,20 @@ def test_w8a8_error_bound(dtype, seed):
     assert (mine.double() - exact).abs().max() > 0.01  # and it is not the W8A16 product
     other = F.linear(x.double(), matrix.roll(1, 0))
     assert not ((mine.double() - other).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("columns", [48, 1500])  # float32 sums of 127 * 127 are exact up to 1040 columns
+def test_w8a8_without_fast_integers_is_the_same(columns, seed, monkeypatch):
+    leaves = leaves_of(Int8(), torch.randn(24, columns))
+    x = torch.randn(7, columns)
+    by_integers = torch.ops.bitsandbytes.int8_linear_matmul(absmax_quantize(x)[0], leaves[0])
+    monkeypatch.setattr(_quant, "_SLOW_INTEGERS", True)
+    by_floats = _quant._integer_product(absmax_quantize(x)[0], leaves[0])
+    assert by_floats.dtype == torch.float32 and torch.equal(by_floats.int(), by_integers)
+    y = Int8Dynamic().matmul(x, *leaves)
+    monkeypatch.setattr(_quant, "_SLOW_INTEGERS", False)
+    # The product above is far below 2**24, so that even 1500 columns are exact.
+    assert torch.equal(Int8Dynamic().matmul(x, *leaves), y) and not torch.equal(y, F.linear(x, leaves[0].float()))
 
 
 def test_w8a8_rows_do_not_see_each_other(seed):
