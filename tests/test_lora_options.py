@@ -845,10 +845,11 @@ def test_gradcheck(config):
             )
 
 
+@pytest.mark.parametrize("scheme", ["blockwise8", "nf4"])
 @pytest.mark.parametrize("option", ["dora", "pissa beside default"])
-def test_blockwise(option):
+def test_other_schemes(option, scheme):
     """The options know the weight through its scheme alone."""
-    case = make_case(option, scheme="blockwise8")
+    case = make_case(option, scheme=scheme)
     expected = case.loop()
     stacked = ft.apply_stacked(case.base, case.stacked, case.x)
     assert_close(stacked, expected, 1e-5, unlike=expected.roll(1, 0))

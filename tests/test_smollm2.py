@@ -18,10 +18,13 @@ import platform
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from models import relative_error
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, jvp, vmap
@@ -438,6 +441,37 @@ def test_perplexity_hardly_changes_in_8_bits(model, base, held_out, float_perple
     print(f"float {float_perplexity:.3f}, {scheme} {matmul} {got:.3f} ({change:+.2%})")
     assert abs(change) < tolerance
     assert got != float_perplexity
+
+
+def test_nf4_is_bitsandbytes_on_real_weights(model, tokenizer):
+    """Its Linear4bit computes the projections; the tied table stays in float in both."""
+    base = ft.quantize_base_model(model, modules_not_to_quantize=(), scheme={"embed_tokens": None, "*": "nf4"})
+    theirs = copy.deepcopy(model)
+    for path, module in list(theirs.named_modules()):
+        if isinstance(module, nn.Linear) and path != "lm_head":
+            layer = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+            )
+            quantized: Any = bnb.nn.Params4bit
+            layer.weight = quantized(module.weight.detach(), False, quant_type="nf4", module=layer)
+            parent, _, name = path.rpartition(".")
+            setattr(theirs.get_submodule(parent), name, layer.to("cpu"))  # which quantizes it, its scales as well
+    ids = token_ids(tokenizer, "math", 1, 32, last=True)
+    with torch.no_grad():
+        mine, expected, exact = (
+            logits.float()
+            for logits in (ft.apply(base, None, input_ids=ids).logits, theirs(ids).logits, model(ids).logits)
+        )
+    # The offset of the scales may differ in its last bit, and so a few scales by a step of 8 bits (see test_quant.py).
+    assert relative_error(mine, expected) < 5e-3
+    assert relative_error(mine, exact) > 0.02
+    assert 4.1 < bits_of_projections(base) < 4.2
+
+
+def bits_of_projections(base: ft.Base) -> float:
+    layers = [layer for layer in base.skeleton.layers.values() if layer.scheme is not None]
+    names = [f"{layer.path}.weight{suffix}" for layer in layers for suffix in layer.scheme.suffixes]
+    return 8 * sum(base.params[name].nbytes for name in names) / sum(math.prod(layer.shape) for layer in layers)
 
 
 # --- torch.func -----------------------------------------------------------------------------------
