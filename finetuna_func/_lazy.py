@@ -73,6 +73,8 @@ class LazyTensor(Tensor):
         kwargs = kwargs or {}
         if func in _PARTITIONS:
             return _PARTITIONS[func](*args, **kwargs)
+        if func in _FACTORIES:
+            return func(*tree_map(_of_that_shape, args), **kwargs)
         arguments = zip(func._schema.arguments, args, strict=False)
         if any(said.alias_info and said.alias_info.is_write and isinstance(arg, LazyTensor) for said, arg in arguments):
             raise RuntimeError(f"{func} writes to a tensor that is still in its file.")
@@ -277,6 +279,17 @@ _PARTITIONS: dict[Any, Callable[..., Any]] = {
     aten.split_with_sizes.default: _split,
     aten.unbind.int: lambda x, dim=0: [x.select(dim, i) for i in range(x.shape[dim])],
 }
+
+
+_FACTORIES = {
+    *(getattr(aten, f"{kind}_like").default for kind in ("empty", "zeros", "ones", "full", "rand", "randn")),
+    *(getattr(aten, f"new_{kind}").default for kind in ("empty", "zeros", "ones", "full")),
+}
+"""Operations that look at shape, dtype and device alone; their results are ordinary tensors."""
+
+
+def _of_that_shape(x: Any) -> Any:
+    return torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape) if isinstance(x, LazyTensor) else x
 
 
 def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -78,7 +78,9 @@ def load_base(
     time where the format allows (``"int8"``), otherwise one matrix at a time.
 
     A base that `save_base` wrote is mapped: it takes no memory of its own until its pages are read,
-    and then shares them with other processes. Writing to its tensors does not reach the file.
+    and then shares them with other processes. Writing to its tensors does not reach the file. Its
+    numbers are those that were saved, bit for bit; what is computed of them can differ in the last
+    bits, since the order of sums depends on how tensors are aligned in memory.
 
     Args:
         path: A folder with a Hugging Face checkpoint in safetensors, or written by `save_base`; a GGUF
@@ -116,7 +118,7 @@ def load_base(
         source = _from_hub(path, revision)
     if (source / DESCRIPTION).is_file():
         given: dict[str, Any] = {"matmul": matmul, "dtype": dtype}
-        if scheme is not AS_IT_IS:
+        if scheme != AS_IT_IS:
             given["scheme"] = scheme or "None"
         if modules_not_to_quantize is not DEFAULT_HEAD:
             given["modules_not_to_quantize"] = modules_not_to_quantize
@@ -139,7 +141,7 @@ def load_base(
         return quantize_base_model(
             loaded,
             modules_not_to_quantize=modules_not_to_quantize,
-            scheme="int8" if scheme is AS_IT_IS else scheme,
+            scheme="int8" if scheme == AS_IT_IS else scheme,
             matmul=matmul or "w8a16",
             device=device,
         )

@@ -140,6 +140,19 @@ def test_nothing_is_written_to_a_file(write):
     assert torch.equal(source.values, held(2).values)
 
 
+def test_new_tensors_of_its_shape_are_ordinary_ones():
+    source = held(2, 3, dtype=torch.bfloat16)
+    x = lazy(source)
+    for made in (
+        torch.empty_like(x).uniform_(),
+        torch.zeros_like(x).add_(1),
+        x.new_full((4,), 2.0),
+        torch.ones_like(x),
+    ):
+        assert type(made) is Tensor and made.dtype == torch.bfloat16 and made.is_contiguous()
+    assert torch.zeros_like(x, dtype=torch.int8).shape == (2, 3) and source.reads == []
+
+
 def test_sources_are_found_through_operations():
     a, b = held(2, 2), held(2, 2)
     assert sources(torch.cat([lazy(a), lazy(b) * 2])[1:]) == [a, b]

@@ -341,11 +341,11 @@ def test_save_then_load_of_a_base_is_the_identity(case, shard):
         again = ft.load_base(saved, model=copy.deepcopy(case.model).to("meta"), verify=True)
         assert_same_base(again, case.base)
         assert_unchanged(case.base, before)
-        assert torch.equal(ft.apply(again, case.tuned[0], case.x[0]), ft.apply(case.base, case.tuned[0], case.x[0]))
+        close(case, ft.apply(again, case.tuned[0], case.x[0]), ft.apply(case.base, case.tuned[0], case.x[0]))
 
 
 @some
-@given(cases(), st.sampled_from(["int8", "blockwise8"]))
+@given(cases(), st.sampled_from(["int8", "blockwise8", "nf4"]))
 def test_load_from_a_checkpoint_is_quantize(case, scheme):
     with tempfile.TemporaryDirectory() as folder:
         stored = {name: leaf for name, leaf in case.model.state_dict().items() if name not in case.base.skeleton.ties}
