@@ -5,6 +5,7 @@ of 1.1 B parameters (bfloat16), which is made of random numbers file by file in 
 The ways:
 
   load_base                ft.load_base of the checkpoint
+  load_base, GPU           the same with device="cuda", where there is one; what is allowed is two largest tensors
   load_base, saved         ft.load_base of what ft.save_base wrote, and one forward of 8 tokens, since
                            a mapped base is read when it is used
   quantize_base_model      ft.quantize_base_model(from_pretrained(...))
@@ -116,8 +117,8 @@ def largest_tensor(folder: Path) -> int:
 # --- the ways, each run in a process of its own
 
 
-def load_base(folder: Path) -> ft.Base:
-    return ft.load_base(folder, progress=False)
+def load_base(folder: Path, device: str = "cpu") -> ft.Base:
+    return ft.load_base(folder, device=device, progress=False)
 
 
 def load_saved(folder: Path) -> ft.Base:
@@ -136,8 +137,13 @@ def llm_int8(folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
 
 
+def load_on_gpu(folder: Path) -> ft.Base:
+    return load_base(folder, "cuda")
+
+
 WAYS: dict[str, Callable[[Path], Any]] = {
     "load_base": load_base,
+    "load_base, GPU": load_on_gpu,
     "load_base, saved": load_saved,
     "quantize_base_model": quantize,
     "LLM.int8": llm_int8,
@@ -206,7 +212,8 @@ def rows(name: str, folder: Path, scratch: Path, ways: list[str]) -> Iterator[st
     for way in ways:
         at, warm = (saved, tiny_saved) if way == "load_base, saved" else (folder, tiny)
         took = measured(way, at, warm)
-        allowed = 1.15 * took["bytes"] + largest_tensor(folder) if way == "load_base" else None
+        largest = largest_tensor(folder)
+        allowed = {"load_base": 1.15 * took["bytes"] + largest, "load_base, GPU": 2 * largest}.get(way)
         megabytes = [f"{took[key] / 1e6:.0f}" for key in ("bytes", "peak", "anonymous")]
         cells = [name, way, *megabytes, f"{took['peak'] / took['bytes']:.2f}"]
         yield f"| {' | '.join(cells)} | {f'{allowed / 1e6:.0f}' if allowed else ''} | {took['seconds']:.1f} |"
@@ -217,7 +224,7 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default="smollm2,llama-1.1b", help="of smollm2, llama-1.1b")
-    parser.add_argument("--ways", default=",".join(WAYS), help="of those above; 'load_base, saved' is saved")
+    parser.add_argument("--ways", default=";".join(WAYS), help="of those above, with ; between them")
     parser.add_argument("--scratch", default=None, help="folder for temporary files")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -226,7 +233,8 @@ def main() -> None:
         return child(way, Path(folder), Path(warm))
     if not os.path.exists("/proc/self/clear_refs"):
         sys.exit("load_memory.py reads /proc, which this system does not have.")
-    ways = [way for way in WAYS if way in arguments.ways]
+    chosen = [way.strip() for way in arguments.ways.split(";")]
+    ways = [way for way in WAYS if way in chosen and ("GPU" not in way or torch.cuda.is_available())]
     print("| checkpoint | way | base MB | peak MB | anonymous MB | of the base | allowed MB | s |")
     print("|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
