@@ -26,6 +26,7 @@ from finetuna_func._step import compile_step
 from finetuna_func._transforms import stacked_value_and_grad, value_and_grad
 from finetuna_func._trees import combine, index, partition, stack, tree_at, unstack
 from finetuna_func._types import Base, EmbeddingAdapterConfig, Finetuned, LinearAdapterConfig, Params
+from finetuna_func.checkpoint import load_base, save_base
 from finetuna_func.io import load, save
 from finetuna_func.store import Store
 
@@ -52,6 +53,7 @@ __all__ = [
     "index",
     "linear",
     "load",
+    "load_base",
     "load_state_dict",
     "memory_report",
     "merge",
@@ -64,6 +66,7 @@ __all__ = [
     "register_subclass",
     "remat",
     "save",
+    "save_base",
     "stack",
     "stacked_value_and_grad",
     "state_dict",

@@ -14,6 +14,7 @@ from finetuna_func._experts import experts_left_whole
 from finetuna_func._filters import as_names, join_name, lookup, matches, select, split_name
 from finetuna_func._hf import weights_read_by_parent
 from finetuna_func._layers import float_weight, layer_type
+from finetuna_func._lazy import LazyTensor, blocks, evaluate
 from finetuna_func._quant import Int8, Scheme, SchemeChoice, check_quantizable, scheme_named, schemes_by_selector
 from finetuna_func._skeleton import Skeleton, find_ties
 from finetuna_func._types import Base, Params, Selector
@@ -125,7 +126,9 @@ def quantize_base_model(
             assert kind is not None
             params.update(_quantize_weight(name, float_weight(kind, leaf.detach()), schemes[path], device))
         else:
-            params[name] = leaf.detach().clone().to(device or leaf.device)
+            leaf = leaf.detach()
+            leaf = evaluate(leaf) if isinstance(leaf, LazyTensor) else leaf.clone()
+            params[name] = leaf.to(device or leaf.device)
     skeleton = Skeleton(model, schemes, table["*"] or scheme_named("int8", matmul), packings)
     return Base(params, skeleton, fingerprint_of(skeleton, params))
 
@@ -185,9 +188,28 @@ def quantized_leaves(base: Base, path: str) -> Params:
 
 
 def _quantize_weight(name: str, weight: Tensor, scheme: Scheme, device: torch.device | str | None) -> dict[str, Tensor]:
+    if isinstance(weight, LazyTensor):
+        if isinstance(scheme, Int8):
+            return _quantize_by_rows(name, weight, scheme, device)
+        weight = evaluate(weight)
     check_quantizable(name, weight)
     leaves = scheme.quantize(weight)
     return {name + suffix: leaf.to(device or leaf.device) for suffix, leaf in leaves.items()}
+
+
+def _quantize_by_rows(
+    name: str, weight: LazyTensor, scheme: Int8, device: torch.device | str | None
+) -> dict[str, Tensor]:
+    """The same leaves from a weight in its file, of which a few rows at a time are in memory."""
+    leaves: dict[str, Tensor] = {}
+    for start, rows in blocks(weight):
+        check_quantizable(name, rows)
+        for suffix, part in scheme.quantize(rows).items():
+            if start == 0:
+                shape = (weight.shape[0], *part.shape[1:])
+                leaves[name + suffix] = torch.empty(shape, dtype=part.dtype, device=device or part.device)
+            leaves[name + suffix][start : start + part.shape[0]] = part
+    return leaves
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -244,15 +266,17 @@ def fingerprint_of(skeleton: Skeleton, params: Params) -> str:
     return digest.hexdigest()[:16]
 
 
-_WORDS = 1 << 22  # 64-bit words at a time, to bound the temporaries
+# 64-bit words at a time, to bound the temporaries; on an accelerator, the launches.
+_WORDS, _WORDS_ELSEWHERE = 1 << 15, 1 << 22
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def _checksum(leaf: Tensor) -> int:
     flat = leaf.detach().contiguous().reshape(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=leaf.device)
-    for start in range(0, flat.numel(), 8 * _WORDS):
-        part = flat[start : start + 8 * _WORDS]
+    step = 8 * (_WORDS if leaf.device.type == "cpu" else _WORDS_ELSEWHERE)
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step]
         if part.numel() % 8 or part.storage_offset() % 8:
             part = torch.nn.functional.pad(part, (0, -part.numel() % 8))
         words = part.view(torch.int64)

@@ -35,7 +35,7 @@ from torch import Tensor
 from finetuna_func._types import Params
 
 _SMALLEST, _LARGEST = 1e-30, 3e38  # what a float32 scale times 127 holds with full precision
-_CHUNK = 1 << 24  # numbers quantized at a time, so that temporaries stay small beside the model
+_CHUNK = 1 << 22  # numbers quantized at a time, so that temporaries stay small beside the model
 _SLOW_INTEGERS = torch.backends.cpu.get_cpu_capability() != "AVX512"  # torch._int_mm is a scalar loop there
 
 SUFFIXES = ("", "_scale", "_code", "_scale_scale", "_scale_code", "_scale_offset")
@@ -417,7 +417,7 @@ def check_quantizable(name: str, weight: Tensor) -> None:
             f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, which no quantized format holds; "
             "repair the checkpoint, or keep this layer in float with modules_not_to_quantize."
         )
-    if weight.numel() and float(torch.linalg.vector_norm(weight, ord=torch.inf)) > _LARGEST:
+    if weight.numel() and max(abs(float(end)) for end in torch.aminmax(weight)) > _LARGEST:
         raise ValueError(
             f"{name}: weights beyond {_LARGEST:g}, which a float32 scale cannot hold; keep this layer in float with "
             "modules_not_to_quantize."

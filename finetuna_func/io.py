@@ -14,8 +14,6 @@ import json
 import logging
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetuna_func._base import quantized_leaves
+from finetuna_func._files import written_whole
 from finetuna_func._filters import join_name, split_name
 from finetuna_func._init import weight_norm
 from finetuna_func._peft import (
@@ -89,38 +88,18 @@ def save(path: str | os.PathLike[str], tuned: Finetuned) -> Path:
     if tuned.stack_size is not None:
         raise ValueError(f"save: expected one finetune, got a stack of {tuned.stack_size}; save each of ft.unstack.")
     target = Path(path)
-    if target.exists() and not (target / OWN_CONFIG).is_file():
-        raise FileExistsError(f"save: {target} exists and does not hold an earlier save; choose another path.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     fused = fused_parameters(tuned)
-    # Copies: safetensors refuses tensors that share memory.
-    tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors_for_peft(tuned, fused).items()}
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        save_file(tensors, staging / TENSORS, metadata={"format": "pt", "finetuna_base": tuned.spec.base})
+    with written_whole(target, OWN_CONFIG, "save") as folder:
+        # Copies: safetensors refuses tensors that share memory.
+        stored = tensors_for_peft(tuned, fused)
+        tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in stored.items()}
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt", "finetuna_base": tuned.spec.base})
         unsaid = beyond_peft(tuned)
         if unsaid:
             logger.warning("%s: no %s is written, since PEFT cannot express %s.", target, PEFT_CONFIG, unsaid)
         else:
-            _write_json(staging / PEFT_CONFIG, peft_config(tuned))
-        _write_json(staging / OWN_CONFIG, _own_config(tuned) | {"sha256": _sha256((staging / TENSORS).read_bytes())})
-        (staging / TENSORS).chmod(0o644)
-        staging.chmod(0o755)
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            try:
-                os.replace(target, retired / "old")
-                try:
-                    os.replace(staging, target)
-                except BaseException:
-                    os.replace(retired / "old", target)
-                    raise
-            finally:
-                shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            _write_json(folder / PEFT_CONFIG, peft_config(tuned))
+        _write_json(folder / OWN_CONFIG, _own_config(tuned) | {"sha256": _sha256((folder / TENSORS).read_bytes())})
     return target
 
 

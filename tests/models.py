@@ -254,6 +254,21 @@ def assert_same_finetune(actual: ft.Finetuned, expected: ft.Finetuned) -> None:
     assert_trees_equal(actual.consts, expected.consts)
 
 
+def assert_same_base(actual: ft.Base, expected: ft.Base) -> None:
+    """Same names, dtypes, strides, numbers, formats and fingerprint."""
+    assert actual.params.keys() == expected.params.keys()
+    for name, leaf in expected.params.items():
+        other = actual.params[name]
+        assert (other.dtype, other.shape, other.stride()) == (leaf.dtype, leaf.shape, leaf.stride()), name
+        assert torch.equal(other, leaf), name
+    assert actual.skeleton.architecture == expected.skeleton.architecture
+    assert actual.skeleton.ties == expected.skeleton.ties
+    formats = [{path: (x.scheme, x.dtype) for path, x in base.skeleton.layers.items()} for base in (actual, expected)]
+    assert formats[0] == formats[1]
+    assert actual.skeleton.default_scheme == expected.skeleton.default_scheme
+    assert actual.fingerprint == expected.fingerprint
+
+
 def gradients_by_autograd(loss_of: Callable[[dict[str, Tensor]], Tensor], params: Any) -> dict[str, Tensor]:
     """Plain ``torch.autograd.grad``, the reference for every other way."""
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in params.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -43,7 +42,8 @@ def open_base(path: Path, device: str | None = None) -> ft.Base:
     """Returns the base in a folder: one that `finetuna quantize` wrote, or a model, quantized on the way."""
     if not path.is_dir():
         raise FileNotFoundError(f"--base {path}: there is no such folder; finetuna quantize MODEL {path} makes it.")
-    return _load(path).to(device or default_device())
+    quiet_transformers()
+    return ft.load_base(path, device=device or default_device())
 
 
 def quiet_transformers() -> None:
@@ -54,31 +54,11 @@ def quiet_transformers() -> None:
         logging.disable_progress_bar()
 
 
-def _load(path: Path, **options: Any) -> ft.Base:
-    quiet_transformers()
-    if hasattr(ft, "load_base"):
-        return ft.load_base(path, **options)  # type: ignore[attr-defined]
-    from transformers import AutoModelForCausalLM
-
-    saved = path / "finetuna_base.json"
-    settings = json.loads(saved.read_text("utf-8")) if saved.is_file() else {}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=options.pop("dtype", None) or "auto")
-    return ft.quantize_base_model(model.eval(), **settings, **options)
-
-
 def write_base(model: str, out: Path, **options: Any) -> ft.Base:
-    """Writes the base of a model to a new folder, and returns it."""
+    """Writes the base of a model, a folder, a GGUF file or a name on the hub, to a new folder, and returns it."""
     quiet_transformers()
-    if hasattr(ft, "load_base"):
-        base = ft.load_base(model, **options)  # type: ignore[attr-defined]
-        ft.save_base(out, base)  # type: ignore[attr-defined]
-        return base
-    if not Path(model).is_dir():
-        raise FileNotFoundError(f"{model}: there is no such folder; expected that of a Hugging Face model.")
-    base = _load(Path(model), **options)
-    shutil.copytree(model, out)
-    kept = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items() if name != "device"}
-    (out / "finetuna_base.json").write_text(json.dumps(kept))
+    base = ft.load_base(model, **options)
+    ft.save_base(out, base)
     return base
 
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import (
+    assert_same_base,
     assert_same_finetune,
     assert_trees_equal,
     assert_unchanged,
@@ -22,7 +23,7 @@ from models import (
     snapshot,
     twin,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
@@ -329,6 +330,28 @@ def test_save_then_load_is_the_identity(case):
             again = ft.load(ft.save(Path(folder, str(i)), tuned), case.base)
             assert_same_finetune(again, tuned)
             assert_unchanged(tuned, before)
+
+
+@some
+@given(cases(), st.integers(1, 500))
+def test_save_then_load_of_a_base_is_the_identity(case, shard):
+    with tempfile.TemporaryDirectory() as folder:
+        before = snapshot(case.base)
+        saved = ft.save_base(Path(folder, "base"), case.base, max_shard_bytes=shard)
+        again = ft.load_base(saved, model=copy.deepcopy(case.model).to("meta"), verify=True)
+        assert_same_base(again, case.base)
+        assert_unchanged(case.base, before)
+        close(case, ft.apply(again, case.tuned[0], case.x[0]), ft.apply(case.base, case.tuned[0], case.x[0]))
+
+
+@some
+@given(cases(), st.sampled_from(["int8", "blockwise8", "nf4"]))
+def test_load_from_a_checkpoint_is_quantize(case, scheme):
+    with tempfile.TemporaryDirectory() as folder:
+        stored = {name: leaf for name, leaf in case.model.state_dict().items() if name not in case.base.skeleton.ties}
+        save_file(stored, Path(folder, "model.safetensors"))
+        loaded = ft.load_base(folder, model=copy.deepcopy(case.model), scheme=scheme)
+        assert_same_base(loaded, ft.quantize_base_model(case.model, scheme=scheme))
 
 
 @settings(max_examples=8)
