@@ -206,7 +206,9 @@ def weight_errors(model: nn.Module, base: ft.Base) -> tuple[float, float]:
     return largest, math.sqrt(squares / count)
 
 
-def measure(rows: list[Row], windows: dict[str, Tensor], repeats: int, batch: int) -> Iterator[None]:
+def measure(
+    rows: list[Row], windows: dict[str, Tensor], repeats: int, batch: int, clock: Callable[[], float]
+) -> Iterator[None]:
     """Fills in losses and times; yields after each piece of work, `pieces` of them."""
     for name, ids in windows.items():
         for row in rows:
@@ -218,13 +220,13 @@ def measure(rows: list[Row], windows: dict[str, Tensor], repeats: int, batch: in
     one = next(iter(windows.values()))[:1]
     for _ in range(repeats):
         for row in rows:  # in turn, so that whatever else the machine does meets all of them
-            start = time.perf_counter()
+            start = clock()
             with torch.no_grad():
                 row.logits(one)
-            forward = time.perf_counter()
+            forward = clock()
             row.step(one)
             row.seconds.append(forward - start)
-            row.step_seconds.append(time.perf_counter() - forward)
+            row.step_seconds.append(clock() - forward)
             yield
 
 
@@ -333,6 +335,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--texts", default="milton,reviews,math", help=f"of {', '.join(real_data.CORPORA)} (default %(default)s)"
     )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time by CPU seconds, not the clock: steadier on a busy machine"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown as well")
     args = parser.parse_args()
     for name, least in (("window", 2), ("batch", 1), ("repeats", 1), ("tokens", args.window)):
@@ -356,7 +361,9 @@ def main() -> None:
     rows = [peft_row("float32", copy.deepcopy(model)), *ours, peft_row("bitsandbytes nf4", in_4_bits(model))]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         total = pieces(rows, windows, args.repeats, args.batch)
-        for _ in progress.track(measure(rows, windows, args.repeats, args.batch), total, description="measuring"):
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        work = measure(rows, windows, args.repeats, args.batch, clock)
+        for _ in progress.track(work, total, description="measuring"):
             pass
     titles, cells = table(rows, parameters)
     shown = Table(title=f"SmolLM2-135M, {args.tokens // args.window} x {args.window} tokens of each text")

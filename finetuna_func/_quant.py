@@ -239,7 +239,7 @@ class Nf4:
         absmax = torch.empty(height, -(-width // self.block), device=weight.device)
         step = max(1, _CHUNK // max(1, width))
         for start in range(0, height, step):
-            rows = self._blocks(weight[start : start + step].float())
+            rows = self._blocks(weight[start : start + step].float().contiguous())
             largest = rows.abs().amax(-1)
             inverse = 1.0 / largest.clamp_min(1e-38)
             nearest = torch.bucketize((rows * inverse.unsqueeze(-1)).clamp_(-1, 1), bounds, out_int32=True)
