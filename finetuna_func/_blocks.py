@@ -96,19 +96,19 @@ def _as_function(cls: type[nn.Module]) -> type[nn.Module]:
         if call.causal is not None:
             args = tuple(None if value is call.causal else value for value in args)
             kwargs = {name: None if value is call.causal else value for name, value in kwargs.items()}
-        if not (call.remat or call.compile) or _has_state((args, kwargs)) or records_inside_blocks():
+        if not (call.remat or call.compile) or has_state((args, kwargs)) or records_inside_blocks():
             return cls.forward(self, *args, **kwargs)
         return _run(self, call, args, kwargs)
 
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
-def _has_state(inputs: Any) -> bool:
-    """Whether something among the inputs of a block, such as a key-value cache, can be changed by it."""
+def has_state(inputs: Any) -> bool:
+    """Returns whether something among the inputs, such as a key-value cache, can be changed by the model."""
     if isinstance(inputs, (tuple, list)):
-        return any(_has_state(value) for value in inputs)
+        return any(has_state(value) for value in inputs)
     if isinstance(inputs, dict):
-        return any(_has_state(value) for value in inputs.values())
+        return any(has_state(value) for value in inputs.values())
     return hasattr(inputs, "__dict__") and not isinstance(inputs, (Tensor, type, types.FunctionType))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finetuna_func import _random
 from finetuna_func._base import quantized_leaves
+from finetuna_func._blocks import has_state
 from finetuna_func._filters import join_name, split_name
 from finetuna_func._hf import causal_mask, has_mask, with_mappable_mask
 from finetuna_func._layers import LEAF_NAMES, Call, inside_vmap
@@ -215,13 +216,16 @@ def _call(
     if kind in base.skeleton.reads:
         _check_reads(call, leaves, base.skeleton.reads[kind])
         return compute()
+    # A watch does not see into blocks that are compiled or computed again, so the first such call runs twice; or,
+    # where it would change a cache twice, without them.
+    if (call.remat or call.compile) and has_state((args, kwargs)):
+        call.remat = call.compile = False
     if not (call.remat or call.compile):
         with ReadWatch(leaves, base.skeleton.layers, call) as watch:
             out = compute()
         base.skeleton.reads[kind] = frozenset(watch.found)
         _check_reads(call, leaves, base.skeleton.reads[kind])
         return out
-    # A watch does not see into blocks that are compiled or computed again, so the first such call runs twice.
     before = call.without_blocks()
     try:
         with torch.no_grad(), ReadWatch(leaves, base.skeleton.layers, call) as watch:
