@@ -9,6 +9,7 @@ one layer and not of the whole model.
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
         try:
             run = compiled(block.representative, _call) if compile else _call
             with call.within():
-                return run(block.representative, leaves, args, kwargs), (call.seen, call.draws)
+                out = run(block.representative, call, call.rows, call.inputs, leaves, args, kwargs)
+                return out, (call.seen, call.draws)
         finally:
             call.restore(before)
             _exchange(block.representative, others)
@@ -135,7 +137,16 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     return out
 
 
-def _call(module: nn.Module, leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(
+    module: nn.Module,
+    call: Call,
+    rows: int,
+    inputs: tuple[tuple[int, ...], ...],
+    leaves: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    call.rows, call.inputs = rows, inputs  # as they were; but the compiler takes arguments for symbols, not attributes
     return torch.func.functional_call(module, leaves, args, kwargs, tie_weights=False)
 
 
@@ -213,6 +224,8 @@ def _key(value: Any) -> Any:
     """Equal for equal values where that can be told, and otherwise for one and the same object alone."""
     if isinstance(value, (tuple, list)):
         return type(value), tuple(value if _is_simple(value) else _key(value) for value in value)
+    if type(value) is functools.partial:  # an activation, say, made anew in every block
+        return functools.partial, _key(value.func), _key(value.args), _key(tuple(sorted(value.keywords.items())))
     try:
         hash(value)
     except TypeError:

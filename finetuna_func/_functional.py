@@ -347,7 +347,7 @@ def check_unstacked(function: str, base: Base, tuned: Finetuned | None) -> None:
 @dataclass(frozen=True)
 class _InputShape:
     batch: int
-    inputs: frozenset[tuple[int, ...]]  # shapes after the batch
+    inputs: tuple[tuple[int, ...], ...]  # shapes after the batch
 
 
 def _input_shape(n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _InputShape:
@@ -366,7 +366,7 @@ def _input_shape(n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Inpu
         inputs.add(tuple(leaf.shape[2:]))
     if not batch:
         raise ValueError("apply_stacked: no tensor with a batch among the inputs, so there is nothing to divide.")
-    return _InputShape(batch, frozenset(inputs))
+    return _InputShape(batch, tuple(sorted(inputs)))
 
 
 def _fold_input(leaf: Any, spare: int) -> Any:

@@ -125,7 +125,7 @@ def _losses_in_pieces(
 
     def piece(leaves: dict[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
         rows = hidden.flatten(0, -2).unsqueeze(1)  # a row each, of one token
-        before = call.begin(stack=n, rows=rows.shape[0], inputs=frozenset({(1,)}), part="head", body_output=kind)
+        before = call.begin(stack=n, rows=rows.shape[0], inputs=((1,),), part="head", body_output=kind)
         try:
             run = compiled(module, _head_losses) if compile else _head_losses
             return run(module, call, leaves, rows, targets, ignore_index)
@@ -141,6 +141,7 @@ def _losses_in_pieces(
 def _head_losses(
     module: nn.Module, call: Call, leaves: dict[str, Tensor], rows: Tensor, targets: Tensor, ignore_index: int
 ) -> Tensor:
+    call.rows = rows.shape[0]  # as it was; but the compiler takes a shape for a symbol, not an attribute
     call.body_output = with_hidden_states(call.body_output, rows)
     ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)  # nobody looks at them
     logits = _logits(torch.func.functional_call(module, leaves, (), {"input_ids": ids}, tie_weights=False))
