@@ -112,14 +112,17 @@ def apply_stacked(
 
 
 def run(base: Base, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any], **fields: Any) -> Any:
-    """Returns the model's output from the tensors of a call, or its body's; ``fields`` are those of the `Call`."""
+    """Returns the model's output from the tensors of a call, or the first of its body's and what class they were in.
+
+    ``fields`` are those of the `Call`.
+    """
     masked = has_mask(kwargs)
     with base.skeleton.calling(masked=masked, on_cpu=_on_cpu(base), **fields) as (module, call):
         if masked and inside_vmap():
             kwargs = with_mappable_mask(module, kwargs, base.skeleton.dtype)
         kwargs = _with_causal_mask(base, module, call, args, kwargs)
         out = _call(base, module, call, dict(leaves), args, kwargs)
-        return call.body_output if call.part == "body" else out
+        return (call.body_output[0], type(call.body_output)) if call.part == "body" else out
 
 
 def run_stacked(
@@ -186,7 +189,7 @@ def _run_rows(
         kwargs = _with_causal_mask(base, module, call, args, kwargs)
         out = _call(base, module, call, dict(leaves), args, kwargs)
         _check_plain_layers_ran(stacked, call)
-        return call.body_output if call.part == "body" else out
+        return (call.body_output[0], type(call.body_output)) if call.part == "body" else out
 
 
 def _with_causal_mask(
