@@ -9,6 +9,7 @@ one layer and not of the whole model.
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -96,19 +97,19 @@ def _as_function(cls: type[nn.Module]) -> type[nn.Module]:
         if call.causal is not None:
             args = tuple(None if value is call.causal else value for value in args)
             kwargs = {name: None if value is call.causal else value for name, value in kwargs.items()}
-        if not (call.remat or call.compile) or _has_state((args, kwargs)) or records_inside_blocks():
+        if not (call.remat or call.compile) or has_state((args, kwargs)) or records_inside_blocks():
             return cls.forward(self, *args, **kwargs)
         return _run(self, call, args, kwargs)
 
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
-def _has_state(inputs: Any) -> bool:
-    """Whether something among the inputs of a block, such as a key-value cache, can be changed by it."""
+def has_state(inputs: Any) -> bool:
+    """Returns whether something among the inputs, such as a key-value cache, can be changed by the model."""
     if isinstance(inputs, (tuple, list)):
-        return any(_has_state(value) for value in inputs)
+        return any(has_state(value) for value in inputs)
     if isinstance(inputs, dict):
-        return any(_has_state(value) for value in inputs.values())
+        return any(has_state(value) for value in inputs.values())
     return hasattr(inputs, "__dict__") and not isinstance(inputs, (Tensor, type, types.FunctionType))
 
 
@@ -125,7 +126,8 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
         try:
             run = compiled(block.representative, _call) if compile else _call
             with call.within():
-                return run(block.representative, leaves, args, kwargs), (call.seen, call.draws)
+                out = run(block.representative, call, call.rows, call.inputs, leaves, args, kwargs)
+                return out, (call.seen, call.draws)
         finally:
             call.restore(before)
             _exchange(block.representative, others)
@@ -135,7 +137,16 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     return out
 
 
-def _call(module: nn.Module, leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(
+    module: nn.Module,
+    call: Call,
+    rows: int,
+    inputs: tuple[tuple[int, ...], ...],
+    leaves: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    call.rows, call.inputs = rows, inputs  # as they were; but the compiler takes arguments for symbols, not attributes
     return torch.func.functional_call(module, leaves, args, kwargs, tie_weights=False)
 
 
@@ -213,6 +224,8 @@ def _key(value: Any) -> Any:
     """Equal for equal values where that can be told, and otherwise for one and the same object alone."""
     if isinstance(value, (tuple, list)):
         return type(value), tuple(value if _is_simple(value) else _key(value) for value in value)
+    if type(value) is functools.partial:  # an activation, say, made anew in every block
+        return functools.partial, _key(value.func), _key(value.args), _key(tuple(sorted(value.keywords.items())))
     try:
         hash(value)
     except TypeError:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finetuna_func import _random
 from finetuna_func._base import quantized_leaves
+from finetuna_func._blocks import has_state
 from finetuna_func._filters import join_name, split_name
 from finetuna_func._hf import causal_mask, has_mask, with_mappable_mask
 from finetuna_func._layers import LEAF_NAMES, Call, inside_vmap
@@ -111,14 +112,17 @@ def apply_stacked(
 
 
 def run(base: Base, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any], **fields: Any) -> Any:
-    """Returns the model's output from the tensors of a call, or its body's; ``fields`` are those of the `Call`."""
+    """Returns the model's output from the tensors of a call, or the first of its body's and what class they were in.
+
+    ``fields`` are those of the `Call`.
+    """
     masked = has_mask(kwargs)
     with base.skeleton.calling(masked=masked, on_cpu=_on_cpu(base), **fields) as (module, call):
         if masked and inside_vmap():
             kwargs = with_mappable_mask(module, kwargs, base.skeleton.dtype)
         kwargs = _with_causal_mask(base, module, call, args, kwargs)
         out = _call(base, module, call, dict(leaves), args, kwargs)
-        return call.body_output if call.part == "body" else out
+        return (call.body_output[0], type(call.body_output)) if call.part == "body" else out
 
 
 def run_stacked(
@@ -185,7 +189,7 @@ def _run_rows(
         kwargs = _with_causal_mask(base, module, call, args, kwargs)
         out = _call(base, module, call, dict(leaves), args, kwargs)
         _check_plain_layers_ran(stacked, call)
-        return call.body_output if call.part == "body" else out
+        return (call.body_output[0], type(call.body_output)) if call.part == "body" else out
 
 
 def _with_causal_mask(
@@ -215,13 +219,16 @@ def _call(
     if kind in base.skeleton.reads:
         _check_reads(call, leaves, base.skeleton.reads[kind])
         return compute()
+    # A watch does not see into blocks that are compiled or computed again, so the first such call runs twice; or,
+    # where it would change a cache twice, without them.
+    if (call.remat or call.compile) and has_state((args, kwargs)):
+        call.remat = call.compile = False
     if not (call.remat or call.compile):
         with ReadWatch(leaves, base.skeleton.layers, call) as watch:
             out = compute()
         base.skeleton.reads[kind] = frozenset(watch.found)
         _check_reads(call, leaves, base.skeleton.reads[kind])
         return out
-    # A watch does not see into blocks that are compiled or computed again, so the first such call runs twice.
     before = call.without_blocks()
     try:
         with torch.no_grad(), ReadWatch(leaves, base.skeleton.layers, call) as watch:
@@ -343,7 +350,7 @@ def check_unstacked(function: str, base: Base, tuned: Finetuned | None) -> None:
 @dataclass(frozen=True)
 class _InputShape:
     batch: int
-    inputs: frozenset[tuple[int, ...]]  # shapes after the batch
+    inputs: tuple[tuple[int, ...], ...]  # shapes after the batch
 
 
 def _input_shape(n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _InputShape:
@@ -362,7 +369,7 @@ def _input_shape(n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Inpu
         inputs.add(tuple(leaf.shape[2:]))
     if not batch:
         raise ValueError("apply_stacked: no tensor with a batch among the inputs, so there is nothing to divide.")
-    return _InputShape(batch, frozenset(inputs))
+    return _InputShape(batch, tuple(sorted(inputs)))
 
 
 def _fold_input(leaf: Any, spare: int) -> Any:

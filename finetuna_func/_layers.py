@@ -83,7 +83,7 @@ class Call:
 
     stack: int | None = None
     rows: int = 0  # N * B, the leading axis of every activation of a stacked call
-    inputs: frozenset[tuple[int, ...]] = frozenset()  # shapes of the inputs without (N, B), such as (T,)
+    inputs: tuple[tuple[int, ...], ...] = ()  # shapes of the inputs without (N, B), such as (T,)
     pure: bool = True  # whether a call runs at all, and not a module that `to_module` gave away
     remat: bool = False  # whether blocks are computed again in the backward pass
     compile: bool = False  # whether blocks are compiled
@@ -147,10 +147,10 @@ class Call:
             ValueError: The leading axis is something else.
         """
         # Tokens as rows, as in mixtures of experts.
-        flattened = {self.rows * shape[0] for shape in self.inputs if shape and shape[0] > 1}
+        flattened = any(x.shape[0] == self.rows * shape[0] for shape in self.inputs if shape and shape[0] > 1)
         # One number per row can only come from an input of one number per row; otherwise it is a list of positions.
         per_row = x.shape[0] == self.rows and (x.ndim > 1 or () in self.inputs)
-        if per_row or x.shape[0] in flattened or (folded and x.shape[0] % self.rows == 0):
+        if per_row or flattened or (folded and x.shape[0] % self.rows == 0):
             return x
         if listed and x.ndim == 1:
             return x.expand(self.rows, *x.shape)

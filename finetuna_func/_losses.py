@@ -44,7 +44,7 @@ def causal_lm_loss(
     Equals ``F.cross_entropy(logits[..., :-1, :].float(), labels[..., 1:])`` over each finetune's own tokens, with
     every derivative of it, in less memory: logits exist for ``chunk_tokens`` tokens at a time. What the model does
     after its head (a soft cap, a scale) is the model's own code. A model that has no body apart from its head
-    computes its logits as a whole.
+    computes its logits as a whole. (Of a float64 model the loss is float64.)
 
     Args:
         base: The frozen base of a causal language model.
@@ -65,7 +65,7 @@ def causal_lm_loss(
 
     Raises:
         ValueError: Shapes that do not fit, or a finetune of another base.
-        TypeError: ``labels`` are not integers.
+        TypeError: ``input_ids`` or ``labels`` are not tensors of integers.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -97,7 +97,7 @@ def causal_lm_loss(
     if part == "all":
         losses = _cross_entropy(_logits(out), targets, ignore_index)
     else:
-        losses = _losses_in_pieces(base, leaves, out, targets, n, ignore_index, chunk_tokens, fields["compile"])
+        losses = _losses_in_pieces(base, leaves, *out, targets, n, ignore_index, chunk_tokens, fields["compile"])
     if reduction == "none":
         return losses[..., :-1]
     total = losses.sum((-2, -1))
@@ -109,23 +109,22 @@ def causal_lm_loss(
 def _losses_in_pieces(
     base: Base,
     leaves: Params,
-    body_output: Any,
+    hidden: Tensor,
+    kind: type,
     targets: Tensor,
     n: int | None,
     ignore_index: int,
     chunk_tokens: int | None,
     compile: bool,
 ) -> Tensor:
-    """Losses like ``targets``, from the body's output, through the head a piece of the tokens at a time."""
-    hidden: Tensor = body_output[0]
+    """Losses like ``targets``: hidden states, which the body returned in a ``kind``, through the head in pieces."""
     of_head = {name: leaf for name, leaf in leaves.items() if not name.startswith(f"{base.skeleton.body}.")}
     with base.skeleton.calling() as (module, call):
         pass  # this thread's, which the backward pass uses as well, in whatever thread it runs
-    kind = type(body_output)
 
     def piece(leaves: dict[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
         rows = hidden.flatten(0, -2).unsqueeze(1)  # a row each, of one token
-        before = call.begin(stack=n, rows=rows.shape[0], inputs=frozenset({(1,)}), part="head", body_output=kind)
+        before = call.begin(stack=n, rows=rows.shape[0], inputs=((1,),), part="head", body_output=kind)
         try:
             run = compiled(module, _head_losses) if compile else _head_losses
             return run(module, call, leaves, rows, targets, ignore_index)
@@ -141,6 +140,7 @@ def _losses_in_pieces(
 def _head_losses(
     module: nn.Module, call: Call, leaves: dict[str, Tensor], rows: Tensor, targets: Tensor, ignore_index: int
 ) -> Tensor:
+    call.rows = rows.shape[0]  # as it was; but the compiler takes a shape for a symbol, not an attribute
     call.body_output = with_hidden_states(call.body_output, rows)
     ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)  # nobody looks at them
     logits = _logits(torch.func.functional_call(module, leaves, (), {"input_ids": ids}, tie_weights=False))
@@ -161,9 +161,8 @@ def piece_tokens(vocabulary: int, chunk_tokens: int | None) -> int:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    losses = F.cross_entropy(
-        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=ignore_index, reduction="none"
-    )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="none")
     return losses.reshape(targets.shape)
 
 
@@ -175,7 +174,7 @@ def _logits(out: Any) -> Tensor:
 
 def _targets(input_ids: Tensor, labels: Tensor | None, attention_mask: Tensor | None, ignore_index: int) -> Tensor:
     """What each position has to predict: the label that follows, and nothing at the last."""
-    following = (input_ids if labels is None else labels)[..., 1:]
+    following = (input_ids if labels is None else labels)[..., 1:].long()
     if labels is None and attention_mask is not None:
         real = attention_mask.bool()
         following = torch.where(real[..., 1:] & real[..., :-1], following, ignore_index)
@@ -190,6 +189,11 @@ def _check_inputs(
     reduction: str,
     chunk_tokens: int | None,
 ) -> None:
+    for name, given in (("input_ids", input_ids), ("labels", labels), ("attention_mask", attention_mask)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"causal_lm_loss: {name} is a {type(given).__name__}; expected a tensor.")
+        if given is not None and name != "attention_mask" and (given.is_floating_point() or given.dtype == torch.bool):
+            raise TypeError(f"causal_lm_loss: {name} are {given.dtype}; expected token ids, torch.long.")
     expected = "(B, T)" if n is None else f"({n}, B, T)"
     if input_ids.ndim != (2 if n is None else 3) or (n is not None and input_ids.shape[0] != n):
         raise ValueError(
@@ -202,9 +206,9 @@ def _check_inputs(
                 f"causal_lm_loss: {name} have shape {tuple(given.shape)}; expected that of input_ids, "
                 f"{tuple(input_ids.shape)}, not shifted."
             )
-    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
-        raise TypeError(f"causal_lm_loss: labels are {labels.dtype}; expected token ids, torch.long.")
+    if not input_ids.numel():
+        raise ValueError(f"causal_lm_loss: input_ids of shape {tuple(input_ids.shape)} hold no tokens.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"causal_lm_loss(reduction={reduction!r}): expected 'mean', 'sum' or 'none'.")
-    if chunk_tokens is not None and (isinstance(chunk_tokens, bool) or chunk_tokens < 1):
+    if chunk_tokens is not None and (type(chunk_tokens) is not int or chunk_tokens < 1):
         raise ValueError(f"causal_lm_loss(chunk_tokens={chunk_tokens!r}): expected a positive number of tokens.")
