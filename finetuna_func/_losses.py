@@ -97,7 +97,10 @@ def causal_lm_loss(
     if part == "all":
         losses = _cross_entropy(_logits(out), targets, ignore_index)
     else:
-        losses = _losses_in_pieces(base, leaves, *out, targets, n, ignore_index, chunk_tokens, fields["compile"])
+        hidden, kind = out
+        losses = _losses_in_pieces(
+            base, leaves, hidden, kind, targets, n, ignore_index, chunk_tokens, fields["compile"]
+        )
     if reduction == "none":
         return losses[..., :-1]
     total = losses.sum((-2, -1))

@@ -89,7 +89,7 @@ def remat(fn: Callable[P, R]) -> Callable[P, R]:
             with ExitStack() as stack:
                 for context in autocast:
                     stack.enter_context(torch.autocast(**context))
-                out = fn(*again_args, **again_kwargs)
+                out = fn(*again_args, **again_kwargs)  # type: ignore[call-arg]
             out_leaves, out_spec = torch_pytree.tree_flatten(out)
             found = tuple(leaf for leaf in out_leaves if isinstance(leaf, Tensor))
             out_leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in out_leaves]

@@ -31,7 +31,7 @@ def compile_step(
     *,
     has_aux: bool = False,
     cuda_graph: bool | None = None,
-    compile_optimizer: bool | None = None,
+    compile_optimizer: bool = False,
     donate: bool = False,
 ) -> Step:
     """Returns ``step(tuned, state, *batch) -> (tuned, state, losses)``: gradients, optimizer and update in one.
@@ -48,7 +48,7 @@ def compile_step(
         has_aux: Whether ``loss_fn`` returns ``(loss, aux)``; the third result is then that pair.
         cuda_graph: Whether to record; by default where every tensor is on a CUDA device.
         compile_optimizer: Whether to run the optimizer through ``torch.compile``, which makes one pass over parameters
-            and state where an eager one makes a dozen; by default if the step is recorded.
+            and state where an eager one makes a dozen; the compiler takes minutes for hundreds of leaves.
         donate: Whether the finetunes and the state that a recorded step is given are its own to overwrite, as in JAX:
             it saves copying them in and out. Use the results, and never again what was given, nor results of an
             earlier step.
@@ -80,9 +80,8 @@ def compile_step(
 
         return step
 
-    compiled_update = torch.compile(update, fullgraph=True)
-    step = step_with(compiled_update if compile_optimizer else update)
-    recorded = _Recorded(step_with(update if compile_optimizer is False else compiled_update), donate)
+    step = step_with(torch.compile(update, fullgraph=True) if compile_optimizer else update)
+    recorded = _Recorded(step, donate)
 
     def compiled_step(tuned: Finetuned, state: Any, *batch: Any) -> tuple[Finetuned, Any, Any]:
         if not isinstance(tuned, Finetuned):
@@ -124,7 +123,7 @@ class _Recorded:
         with torch.no_grad():
             news = [(own, new) for own, new in zip(recording.inputs, tensors, strict=True) if own is not new]
             if news:
-                torch._foreach_copy_(*map(list, zip(*news, strict=True)))
+                torch._foreach_copy_([own for own, _ in news], [new for _, new in news])
             recording.graph.replay()
             kept = recording.outputs[: recording.donated]  # which are the inputs
             copied = [torch.empty_like(out) for out in recording.outputs[recording.donated :]]
