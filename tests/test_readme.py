@@ -52,6 +52,7 @@ def code_blocks() -> list[tuple[int, str]]:
 
 def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    tiny_model("").save_pretrained("checkpoints/SmolLM2")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", tiny_model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", tiny_tokenizer)
     names: dict[str, Any] = {}
