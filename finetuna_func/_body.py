@@ -21,10 +21,24 @@ def mark_body_and_head(skeleton: nn.Module, call: Call) -> tuple[str, str] | tup
     if not isinstance(body, nn.Module) or not isinstance(head, nn.Module) or head in body.modules():
         return None, None
     head_path = next(path for path, module in skeleton.named_modules() if module is head)
-    body._ft_call = head._ft_call = call  # type: ignore[assignment]
-    body.__class__ = _body_class(type(body))
+    head._ft_call = call  # type: ignore[assignment]
+    # Some models, such as OPT's, call the decoder of their body alone; where both run, the outer one is the body.
+    for module in (body, getattr(body, "decoder", None)):
+        if isinstance(module, nn.Module):
+            module._ft_call = call  # type: ignore[assignment]
+            module.__class__ = _body_class(type(module))
     head.__class__ = _head_class(type(head), head_path)
     return prefix, head_path
+
+
+def hidden_states(model: str, call: Call) -> tuple[Tensor, type]:
+    """Returns the first output of the body that ran, and what class its outputs were in."""
+    if call.body_output is None:
+        raise NotImplementedError(
+            f"{model} does not call its body as a whole, so that its head cannot run apart; compute the loss from the "
+            "logits of ft.apply or ft.apply_stacked."
+        )
+    return call.body_output[0], type(call.body_output)
 
 
 def with_hidden_states(kind: type, hidden: Tensor) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finetuna_func import _random
 from finetuna_func._base import quantized_leaves
 from finetuna_func._blocks import has_state
+from finetuna_func._body import hidden_states
 from finetuna_func._filters import join_name, split_name
 from finetuna_func._hf import causal_mask, has_mask, with_mappable_mask
 from finetuna_func._layers import LEAF_NAMES, Call, inside_vmap
@@ -122,7 +123,7 @@ def run(base: Base, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any
             kwargs = with_mappable_mask(module, kwargs, base.skeleton.dtype)
         kwargs = _with_causal_mask(base, module, call, args, kwargs)
         out = _call(base, module, call, dict(leaves), args, kwargs)
-        return (call.body_output[0], type(call.body_output)) if call.part == "body" else out
+        return hidden_states(base.skeleton.name, call) if call.part == "body" else out
 
 
 def run_stacked(
@@ -189,7 +190,7 @@ def _run_rows(
         kwargs = _with_causal_mask(base, module, call, args, kwargs)
         out = _call(base, module, call, dict(leaves), args, kwargs)
         _check_plain_layers_ran(stacked, call)
-        return (call.body_output[0], type(call.body_output)) if call.part == "body" else out
+        return hidden_states(base.skeleton.name, call) if call.part == "body" else out
 
 
 def _with_causal_mask(
