@@ -1,0 +1,352 @@
+"""`ft.compile_step`: a pure function that does what the loop written by hand does, bit by bit on the CPU.
+
+What needs a GPU (recording as a CUDA graph) is below, and runs where there is one: graph and eager step launch the same
+kernels on the same numbers, and are compared at 1e-6 of the largest number, since some kernels add in any order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as torch_pytree
+from models import (
+    Tiny,
+    assert_same_finetune,
+    assert_unchanged,
+    finetunes,
+    gpt2,
+    llama,
+    snapshot,
+)
+from torch import Tensor
+
+import finetuna_func as ft
+
+N, STEPS = 3, 5
+IDS = torch.randint(4, 16, (STEPS, N, 2, 6), generator=torch.Generator().manual_seed(0))
+
+
+def optimizer() -> ft.optim.GradientTransformation:
+    return ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(1e-2, weight_decay=0.1))
+
+
+class Case:
+    """A base, a finetune or a stack, and its loss with and without aux."""
+
+    def __init__(self, stacked: bool, device: str = "cpu") -> None:
+        torch.manual_seed(0)
+        self.base = ft.quantize_base_model(Tiny()).to(device)
+        tuned = [t.to(device) for t in finetunes(self.base, N)]
+        self.tuned = ft.stack(tuned) if stacked else tuned[0]
+        self.batches = IDS.flatten(2).to(device) if stacked else IDS[:, 0].flatten(1).to(device)
+
+    def loss(self, tuned: ft.Finetuned, ids: Tensor, scale: float = 1.0) -> Tensor:
+        if tuned.stack_size is None:
+            return scale * ft.apply(self.base, tuned, ids).square().mean()
+        return scale * ft.apply_stacked(self.base, tuned, ids).square().mean(dim=(1, 2))
+
+    def with_aux(self, tuned: ft.Finetuned, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        loss = self.loss(tuned, ids)
+        return loss, {"twice": 2 * loss, "ids": ids, "name": "aux", "nothing": None}
+
+
+def by_hand(
+    loss_fn: Callable[..., Any], tx: Any, tuned: ft.Finetuned, batches: Any, has_aux: bool = False
+) -> tuple[ft.Finetuned, Any, list[Any]]:
+    state, results = tx.init(tuned), []
+    differentiate = ft.value_and_grad if tuned.stack_size is None else ft.stacked_value_and_grad
+    for batch in batches:
+        out, grads = differentiate(loss_fn, has_aux=has_aux)(tuned, batch)
+        updates, state = tx.update(grads, state, tuned)
+        tuned = ft.optim.apply_updates(tuned, updates)
+        results.append(out)
+    return tuned, state, results
+
+
+def run(step: Any, tx: Any, tuned: ft.Finetuned, batches: Any) -> tuple[ft.Finetuned, Any, list[Any]]:
+    state, results = tx.init(tuned), []
+    for batch in batches:
+        tuned, state, out = step(tuned, state, batch)
+        results.append(out)
+    return tuned, state, results
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    leaves, spec = torch_pytree.tree_flatten(found)
+    expected_leaves, expected_spec = torch_pytree.tree_flatten(expected)
+    assert spec == expected_spec
+    for leaf, wanted in zip(leaves, expected_leaves, strict=True):
+        assert torch.equal(leaf, wanted) if isinstance(wanted, Tensor) else leaf == wanted
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_the_loop_by_hand(stacked: bool, has_aux: bool):
+    case, tx = Case(stacked), optimizer()
+    loss_fn = case.with_aux if has_aux else case.loss
+    found = run(ft.compile_step(loss_fn, tx, has_aux=has_aux), tx, case.tuned, case.batches)
+    expected = by_hand(loss_fn, tx, case.tuned, case.batches, has_aux)
+    assert_same_finetune(found[0], expected[0])
+    assert_equal(found[1:], expected[1:])
+    other = by_hand(loss_fn, ft.optim.adamw(1e-2), case.tuned, case.batches, has_aux)
+    name = next(iter(found[0].params))
+    assert not torch.equal(found[0].params[name], other[0].params[name])
+    assert not torch.equal(found[0].params[name], case.tuned.params[name])
+    losses = found[2][0][0] if has_aux else found[2][0]
+    assert losses.shape == ((N,) if stacked else ())
+    assert not losses.requires_grad
+
+
+def test_training_goes_down():
+    case, tx = Case(True), ft.optim.adamw(3e-2)
+    step = ft.compile_step(case.loss, tx)
+    losses = run(step, tx, case.tuned, [case.batches[0]] * 20)[2]
+    assert (losses[-1] < 0.5 * losses[0]).all()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_inputs_are_left_alone(stacked: bool):
+    case, tx = Case(stacked), optimizer()
+    step = ft.compile_step(case.loss, tx, donate=True)  # which says something about recorded steps only
+    tuned, state, _ = step(case.tuned, tx.init(case.tuned), case.batches[0])
+    before = [snapshot(tuned), snapshot(case.base)]
+    state_before = [leaf.clone() for leaf in torch_pytree.tree_leaves(state)]
+    again = [step(tuned, state, case.batches[1]) for _ in range(2)]
+    assert_equal(again[0], again[1])
+    assert_unchanged(tuned, before[0])
+    assert_unchanged(case.base, before[1])
+    assert_equal(torch_pytree.tree_leaves(state), state_before)
+    assert not torch.equal(again[0][2], step(tuned, state, case.batches[2])[2])
+
+
+def test_other_arguments_and_shapes():
+    """Anything may follow: numbers, trees, another length."""
+    case, tx = Case(False), optimizer()
+
+    def loss(tuned: ft.Finetuned, batch: dict[str, Tensor], scale: float) -> Tensor:
+        return case.loss(tuned, batch["ids"], scale)
+
+    step = ft.compile_step(loss, tx)
+    state = tx.init(case.tuned)
+    for ids in (case.batches[0], case.batches[0][:4]):
+        for scale in (1.0, 2.0):
+            found = step(case.tuned, state, {"ids": ids}, scale)[2]
+            assert torch.equal(found, case.loss(case.tuned, ids, scale))
+            assert not torch.equal(found, case.loss(case.tuned, ids, scale + 1))
+
+
+@pytest.mark.parametrize("options", [{"remat": "blocks"}, {"remat": "blocks", "compile": "blocks"}])
+def test_with_what_it_is_made_for(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """`causal_lm_loss` with recomputed and compiled blocks, and keys for dropout as arguments."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    base = ft.quantize_base_model(llama())
+    config = ft.LinearAdapterConfig(r=2, alpha=1.0, dropout=0.3)
+    stacked, tx = ft.stack(finetunes(base, N, adapt_layers={"q_proj"}, linear_config=config)), optimizer()
+
+    def loss(stacked: ft.Finetuned, ids: Tensor, key: Tensor, **options: Any) -> Tensor:
+        return ft.causal_lm_loss(base, stacked, ids, train=True, rng=key, chunk_tokens=9, **options)
+
+    keys = [ft.random.fold_in(ft.random.key(0), i) for i in range(3)]
+
+    def trained(options: dict[str, Any], keys: list[Tensor]) -> tuple[Tensor, Tensor]:
+        step = ft.compile_step(functools.partial(loss, **options), tx)
+        tuned, state = stacked, tx.init(stacked)
+        for ids, key in zip(IDS, keys, strict=False):
+            tuned, state, losses = step(tuned, state, ids, key)
+        return losses, torch.cat([leaf.flatten() for leaf in tuned.params.values()])
+
+    found, expected, unlike = trained(options, keys), trained({}, keys), trained({}, keys[::-1])
+    # Three steps of Adam, which divides by the gradient's size: 1e-3 of the 3e-2 that each has moved at most
+    assert float((found[0] - expected[0]).abs().max()) <= 1e-5 * float(expected[0].max())
+    assert float((found[1] - expected[1]).abs().max()) <= 3e-5
+    assert float((unlike[1] - expected[1]).abs().max()) > 1e-3
+    torch.compiler.reset()
+
+
+def test_a_compiled_optimizer(monkeypatch: pytest.MonkeyPatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    case, tx = Case(True), optimizer()
+    found = run(ft.compile_step(case.loss, tx, compile_optimizer=True), tx, case.tuned, case.batches[:3])
+    expected = by_hand(case.loss, tx, case.tuned, case.batches[:3])
+    for name, leaf in expected[0].params.items():
+        # The same operations; Adam's quotients of small numbers may differ by a rounding
+        assert torch.allclose(found[0].params[name], leaf, rtol=1e-6, atol=1e-6), name
+        assert not torch.allclose(leaf, case.tuned.params[name], rtol=1e-6, atol=1e-6), name
+    torch.compiler.reset()
+
+
+def test_structures_can_be_told_apart():
+    """By what a recording is found again: the structure of everything that is passed."""
+    case, tx = Case(True), optimizer()
+    args = (case.tuned, tx.init(case.tuned), case.batches[0])
+    spec = torch_pytree.tree_structure(args)
+    assert hash(spec) == hash(torch_pytree.tree_structure((case.tuned.replace(), *args[1:])))
+    other = ft.stack(finetunes(case.base, N, adapt_layers={"fc"}))
+    assert spec != torch_pytree.tree_structure((other, tx.init(other), case.batches[0]))
+
+
+def test_refusals():
+    case, tx = Case(False), optimizer()
+    step = ft.compile_step(case.loss, tx)
+    state = tx.init(case.tuned)
+    with pytest.raises(TypeError, match="the first argument is a dict; expected a Finetuned"):
+        step(dict(case.tuned.params), state, case.batches[0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected exactly one Finetuned among the positional arguments"):
+        step(case.tuned, state, case.batches[0], case.tuned)
+    with pytest.raises(ValueError, match=r"compile_step\(cuda_graph=True\): not all tensors are on a CUDA device"):
+        ft.compile_step(case.loss, tx, cuda_graph=True)(case.tuned, state, case.batches[0])
+    with pytest.raises(ValueError, match=r"returned a tensor of shape \(12, 4\); expected a scalar"):
+        ft.compile_step(lambda t, ids: ft.apply(case.base, t, ids), tx)(case.tuned, state, case.batches[0])
+    stacked = Case(True)
+    with pytest.raises(ValueError, match=r"losses have shape \(\), expected \(3,\)"):
+        ft.compile_step(lambda t, ids: stacked.loss(t, ids).mean(), tx)(
+            stacked.tuned, tx.init(stacked.tuned), stacked.batches[0]
+        )
+    with pytest.raises(TypeError, match=r"value_and_grad\(has_aux=True\): loss_fn must return \(loss, aux\)"):
+        ft.compile_step(case.loss, tx, has_aux=True)(case.tuned, state, case.batches[0])
+
+
+# --- on a GPU: recorded as a CUDA graph
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GRAPH = 1e-6
+
+
+def assert_near(found: Any, expected: Any, *, unlike: Any) -> None:
+    """All leaves at 1e-6 of the largest number of all, and the partner far from them."""
+    found, expected, unlike = (
+        [leaf for leaf in torch_pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        for tree in (found, expected, unlike)
+    )
+    scale = max(float(leaf.abs().max()) for leaf in expected)
+    assert max(float((f - e).abs().max()) for f, e in zip(found, expected, strict=True)) <= GRAPH * scale
+    assert max(float((f - u).abs().max()) for f, u in zip(found, unlike, strict=True)) > 100 * GRAPH * scale
+
+
+@on_gpu
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_graph_and_eager_step(stacked: bool, has_aux: bool, donate: bool):
+    case, tx = Case(stacked, "cuda"), optimizer()
+    loss_fn = case.with_aux if has_aux else case.loss
+    recorded = ft.compile_step(loss_fn, tx, has_aux=has_aux, donate=donate)
+    found = run(recorded, tx, case.tuned, case.batches)
+    expected = run(ft.compile_step(loss_fn, tx, has_aux=has_aux, cuda_graph=False), tx, case.tuned, case.batches)
+    unlike = run(ft.compile_step(loss_fn, tx, has_aux=has_aux, cuda_graph=False), tx, case.tuned, case.batches.flip(0))
+    assert_near(found, expected, unlike=unlike)
+    assert torch_pytree.tree_structure(found) == torch_pytree.tree_structure(expected)
+    if has_aux:
+        assert found[2][0][1]["name"] == "aux"
+        for (_, aux), batch in zip(found[2], case.batches, strict=True):
+            assert torch.equal(aux["ids"], batch)
+
+
+@on_gpu
+def test_graph_of_another_shape_or_structure():
+    """Each is recorded once, and found again."""
+    case, tx = Case(True, "cuda"), optimizer()
+    calls: list[Any] = []
+
+    def loss(tuned: ft.Finetuned, ids: Tensor, scale: float) -> Tensor:
+        calls.append(ids.shape)
+        return case.loss(tuned, ids, scale)
+
+    step = ft.compile_step(loss, tx)
+    state = tx.init(case.tuned)
+    counts = []
+    for length, scale in ((12, 1.0), (8, 1.0), (12, 1.0), (8, 1.0), (8, 2.0), (8, 2.0)):
+        ids = case.batches[0][:, :length]
+        found = step(case.tuned, state, ids, scale)[2]
+        assert_near(found, case.loss(case.tuned, ids, scale), unlike=case.loss(case.tuned, ids, 1.1 * scale))
+        counts.append(len(calls))
+    assert counts == [3, 6, 6, 6, 9, 9]  # twice to warm up, once recorded
+
+
+@on_gpu
+def test_graph_leaves_inputs_and_earlier_outputs_alone():
+    case, tx = Case(True, "cuda"), optimizer()
+    step = ft.compile_step(case.with_aux, tx, has_aux=True)
+    before = [snapshot(case.tuned), snapshot(case.base)]
+    first = step(case.tuned, tx.init(case.tuned), case.batches[0])
+    kept = torch_pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, first)
+    second = step(first[0], first[1], case.batches[1])
+    assert_equal(first, kept)
+    assert_unchanged(case.tuned, before[0])
+    assert_unchanged(case.base, before[1])
+    assert_equal(step(case.tuned, tx.init(case.tuned), case.batches[0])[2], first[2])
+    assert not torch.equal(second[2][0], first[2][0])
+
+
+@on_gpu
+def test_graph_refuses_a_loss_that_waits():
+    """In words, and the GPU is usable afterwards."""
+    case, tx = Case(False, "cuda"), optimizer()
+
+    def waits(tuned: ft.Finetuned, ids: Tensor) -> Tensor:
+        loss = case.loss(tuned, ids)
+        return loss if loss.item() > 0 else -loss
+
+    state = tx.init(case.tuned)
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"could not be recorded as a CUDA graph.*loss_fn waits.*cuda_graph=False"
+        ):
+            ft.compile_step(waits, tx)(case.tuned, state, case.batches[0])
+    torch.cuda.synchronize()
+    expected = ft.compile_step(waits, tx, cuda_graph=False)(case.tuned, state, case.batches[0])
+    found = ft.compile_step(case.loss, tx)(case.tuned, state, case.batches[0])
+    assert_near(found, expected, unlike=ft.compile_step(case.loss, tx)(case.tuned, state, case.batches[1]))
+
+
+@on_gpu
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"remat": "blocks"}, {"compile": "blocks"}, {"remat": "blocks", "compile": "blocks"}]
+)
+def test_graph_with_blocks_and_dropout(options: dict[str, Any], stacked: bool):
+    """The key is an input, so that every replay draws another mask: that of the eager step with this key."""
+    torch.compiler.reset()
+    base = ft.quantize_base_model(gpt2()).to("cuda")
+    config = ft.LinearAdapterConfig(r=2, alpha=1.0, dropout=0.3)
+    tuned = [t.to("cuda") for t in finetunes(base, N, adapt_layers={"c_attn", "c_fc"}, linear_config=config)]
+    start = ft.stack(tuned) if stacked else tuned[0]
+    batches = (IDS if stacked else IDS[:, 0]).to("cuda")
+    keys = [ft.random.key(i).to("cuda") for i in range(STEPS)]
+    tx = ft.optim.sgd(0.5)
+
+    def loss(tuned: ft.Finetuned, ids: Tensor, key: Tensor, **options: Any) -> Tensor:
+        return ft.causal_lm_loss(base, tuned, ids, train=True, rng=key, chunk_tokens=9, **options)
+
+    def trained(keys: list[Tensor], options: dict[str, Any], **own: Any) -> list[Tensor]:
+        step = ft.compile_step(functools.partial(loss, **options), tx, **own)
+        tuned, state, losses = start, tx.init(start), []
+        for ids, key in zip(batches, keys, strict=True):
+            tuned, state, one = step(tuned, state, ids, key)
+            losses.append(one)
+        return losses
+
+    found, expected = trained(keys, options), trained(keys, {}, cuda_graph=False)
+    unlike = trained(keys[::-1], {}, cuda_graph=False)
+    scale = max(float(leaf.max()) for leaf in expected)
+    # The compiler fuses: 1e-5 a step
+    assert max(float((f - e).abs().max()) for f, e in zip(found, expected, strict=True)) <= 5e-5 * scale
+    assert max(float((f - u).abs().max()) for f, u in zip(found, unlike, strict=True)) > 1e-3 * scale
+    torch.compiler.reset()
+
+
+@on_gpu
+def test_not_recorded_where_a_tensor_is_elsewhere():
+    case, tx = Case(False, "cuda"), optimizer()
+    step = ft.compile_step(lambda tuned, ids: case.loss(tuned, ids.to("cuda")), tx)
+    ids = case.batches[0].cpu()
+    found = step(case.tuned, tx.init(case.tuned), ids)[2]
+    assert_near(found, case.loss(case.tuned, case.batches[0]), unlike=case.loss(case.tuned, case.batches[1]))
+    with pytest.raises(ValueError, match="not all tensors are on a CUDA device"):
+        ft.compile_step(case.loss, tx, cuda_graph=True)(case.tuned, tx.init(case.tuned), ids)
