@@ -648,7 +648,7 @@ FAMILIES: tuple[Family, ...] = (
                 "called random operation",
                 *("vmap", "vmap_grad", "per_sample", "jvp", "bf16"),
             )
-            if "torch.rand([])" in inspect.getsource(modeling_wav2vec2)  # releases up to 5.17, at least
+            if re.search(r"^ {12}dropout_probability = torch.rand", inspect.getsource(modeling_wav2vec2), re.MULTILINE)
             else {}
         ),
     ),

@@ -168,7 +168,8 @@ def test_one_step_is_adam_between_two_roundings(above_zero, seed):
     state = tx.init(params)
     for k in range(3):
         g = {"w": floats(n, seed + k)}
-        g["w"][0] = 1e-6  # its square is below the smallest step of its block
+        g["w"][:3] = 0
+        g["w"][k] = 1e-6  # for the first time above zero, and its square below the smallest step of its block
         mu = dequantize(state.mu["w"], state.mu_absmax["w"], state.code[0])
         nu = dequantize(state.nu["w"], state.nu_absmax["w"], state.code[1])
         wide = optim.ScaleByAdamState(state.step, {"w": mu}, {"w": nu})
