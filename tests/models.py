@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,54 @@ class TiedLm(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.lm_head(torch.tanh(self.fc(self.embed(ids))))
+
+
+class Residual(nn.Module):
+    """A block: with one activation or another."""
+
+    def __init__(self, width: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.activation(self.fc(x))
+
+
+class Body(nn.Module):
+    """A table and blocks, each with its activation."""
+
+    def __init__(self, vocab: int, width: int, activations: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab, width)
+        self.blocks = nn.ModuleList([Residual(width, activation) for activation in activations])
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        x = self.table(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return (x,)
+
+
+class SmallLm(nn.Module):
+    """The least that has blocks, a body and a head; with a scale and a cap of its own after the head."""
+
+    base_model_prefix = "inner"
+
+    def __init__(
+        self, *activations: Callable[[Tensor], Tensor], vocab: int = 32, width: int = 8, seed: int = 0
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.inner = Body(vocab, width, activations or (torch.sin, torch.sin))
+            self.top = nn.Sequential(nn.Linear(width, vocab))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.top[0]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return 3 * self.top(self.inner(input_ids)[0]).tanh()
 
 
 def llama(*, tied: bool = False, seed: int = 0, **overrides: Any) -> Any:

@@ -7,7 +7,7 @@ sums, at 1e-12.
 
 from __future__ import annotations
 
-import weakref
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as torch_pytree
 from families import FAMILIES, Family
-from models import Tiny, assert_close, finetunes, gpt2, llama
-from torch import Tensor, nn
+from live import Live
+from models import SmallLm, Tiny, assert_close, finetunes, gpt2, llama
+from torch import Tensor
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetuna_func as ft
 
@@ -29,7 +29,7 @@ N, B, T = 3, 2, 7
 FAMILY = {family.name: family for family in FAMILIES}
 CAUSAL = [family for family in FAMILIES if family.labels is not None and set(family.outputs) == {"logits"}]
 CAUSAL = [family for family in CAUSAL if family.generates and set(family.masks) <= {"attention_mask"}]
-IN_CI = {"GPT-2", "GPT-J", "OPT", "Llama", "Mixtral", "Gemma 2", "Granite", "Cohere", "Mamba", "MPT"}
+IN_CI = {"GPT-J", "OPT", "Mixtral", "Gemma 2", "Cohere", "MPT"}
 FAMILIES_OF_CAUSAL = [
     pytest.param(family, id=family.name, marks=() if family.name in IN_CI else pytest.mark.slow) for family in CAUSAL
 ]
@@ -171,8 +171,8 @@ def test_every_head(head: str, tied: bool, int8: bool):
         options["adapt_layers"] = {"embed_tokens", "q_proj"}
     tuned = finetunes(base, N, **options)
     stacked = ft.stack(tuned)
-    for chunk in (1, 4):
-        expected = gradients(plain, base, stacked, IDS)
+    expected = gradients(plain, base, stacked, IDS)
+    for chunk in (4, 9):  # one token of each at a time, or three
         found = gradients(ft.causal_lm_loss, base, stacked, IDS, chunk_tokens=chunk)
         assert_gradients(found, expected, FP32, unlike=torch_pytree.tree_map(lambda leaf: leaf.roll(1, 0), expected))
     expected = gradients(plain, base, tuned[0], IDS[0])
@@ -343,7 +343,7 @@ TRANSFORMS: dict[str, Callable[[Any, Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("remat", [None, "blocks"])
+@pytest.mark.parametrize("remat", [pytest.param(None, marks=pytest.mark.slow), "blocks"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(exact: ft.Base, transform: str, remat: Any):
     tuned = finetunes(exact, N)
@@ -359,47 +359,28 @@ def test_transforms(exact: ft.Base, transform: str, remat: Any):
     assert max(float((f - u).abs().max()) for f, u in zip(found, unlike, strict=True)) > 1e3 * EXACT * scale
 
 
-def test_gradcheck(exact: ft.Base):
+def test_gradcheck():
     """Against finite differences; second derivatives too."""
-    tuned = finetunes(exact, 1, adapt_layers={"lm_head", "c_attn"}, plain_layers=set())[0]
-    names = ["lm_head.lora_a", "transformer.h.0.attn.c_attn.lora_b"]
+    base = ft.quantize_base_model(SmallLm().double())
+    tuned = finetunes(base, 1, adapt_layers={"top.0", "fc"}, plain_layers=set())[0]
+    names = ["inner.blocks.0.fc.lora_a", "top.0.lora_b"]
     leaves = [tuned.params[name].detach().clone().requires_grad_() for name in names]
 
-    def loss(*leaves: Tensor) -> Tensor:
+    def loss(*leaves: Tensor, remat: Any = None) -> Tensor:
         params = {**tuned.params, **dict(zip(names, leaves, strict=True))}
-        return ft.causal_lm_loss(exact, tuned.replace(params=params), IDS[0, :1, :4], chunk_tokens=3)
+        return ft.causal_lm_loss(base, tuned.replace(params=params), IDS[0, :, :4], chunk_tokens=3, remat=remat)
 
     def wrong(*leaves: Tensor) -> Tensor:
-        return loss(leaves[0], leaves[1].detach()) + 0 * leaves[1].sum()
+        return loss(leaves[0].detach(), *leaves[1:]) + 0 * leaves[0].sum()
 
-    options: dict[str, Any] = dict(fast_mode=True, atol=1e-6, check_batched_grad=False)
-    assert gradcheck(loss, leaves, **options)
-    assert gradgradcheck(loss, leaves, **options)
+    options: dict[str, Any] = dict(fast_mode=True, check_undefined_grad=False)
+    for function in (loss, functools.partial(loss, remat="blocks")):
+        assert gradcheck(function, leaves, **options)
+        assert gradgradcheck(function, leaves, **options)
     assert not gradcheck(wrong, leaves, raise_exception=False, **options)
 
 
 # --- memory
-
-
-class Watch(TorchDispatchMode):
-    """The bytes alive at the worst moment, and the largest tensor, of those made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, int] = {}
-        self.peak = self.largest = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for leaf in torch_pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self.storages:
-                    self.storages[storage._cdata] = storage.nbytes()
-                    self.largest = max(self.largest, storage.nbytes())
-                    weakref.finalize(storage, self.storages.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.storages.values()))
-        return out
 
 
 @pytest.mark.parametrize("route", ["single", "stacked", "vmap grad"])
@@ -426,7 +407,7 @@ def test_logits_never_exist_as_a_whole(head: str, route: str):
     options: dict[str, Any] = dict(chunk_tokens=16 if route == "vmap grad" else 32)
     for loss, own in ((plain, {}), (ft.causal_lm_loss, options)):
         run(loss, **own)
-        with Watch() as watched[loss]:
+        with Live() as watched[loss]:
             run(loss, **own)
     assert watched[plain].largest >= logits
     assert watched[ft.causal_lm_loss].largest <= logits / 4
@@ -457,18 +438,15 @@ def test_the_size_of_a_piece_by_default(base: ft.Base, monkeypatch: pytest.Monke
 
 def test_compiled(monkeypatch: pytest.MonkeyPatch):
     """The head too; the compiler's limit of eight graphs is not reached by as many lengths and odd last pieces."""
-    import functools
-
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    base = ft.quantize_base_model(llama())
-    tuned = finetunes(base, N, adapt_layers={"lm_head", "embed_tokens"}, plain_layers=set())
-    stacked = ft.stack(tuned)
+    base = ft.quantize_base_model(SmallLm())
+    stacked = ft.stack(finetunes(base, N))
     ids = torch.randint(4, 32, (N, B, 20), generator=torch.Generator().manual_seed(0))
     for length in range(7, 18):
         found = gradients(ft.causal_lm_loss, base, stacked, ids[..., :length], chunk_tokens=24, compile="blocks")
-        expected = gradients(plain, base, stacked, ids[..., :length])
-        assert_gradients(found, expected, FP32, unlike=gradients(plain, base, stacked, ids[..., -length:]))
+        expected = gradients(whole, base, stacked, ids[..., :length])
+        assert_gradients(found, expected, FP32, unlike=gradients(whole, base, stacked, ids[..., -length:]))
     torch.compiler.reset()
 
 
@@ -539,46 +517,20 @@ def test_a_backward_pass_after_other_calls(base: ft.Base):
     assert_gradients((loss, found), expected, FP32, unlike=gradients(plain, base, tuned[1], IDS[0]))
 
 
-def test_a_head_that_is_no_attribute_of_the_model():
-    """A body and head by other names than usual, and a bias."""
-
-    class Config:
-        use_cache = False
-
-    class Body(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(32, 8)
-            self.fc = nn.Linear(8, 8)
-
-        def forward(self, input_ids: Tensor) -> tuple[Tensor]:
-            return (torch.tanh(self.fc(self.table(input_ids))),)
-
-    class Lm(nn.Module):
-        base_model_prefix = "inner"
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Body()
-            self.top = nn.Sequential(nn.Linear(8, 32))
-
-        def get_output_embeddings(self) -> nn.Module:
-            return self.top[0]
-
-        def forward(self, input_ids: Tensor) -> Tensor:
-            return 3 * self.top(self.inner(input_ids)[0]).tanh()
-
-    torch.manual_seed(0)
-    base = ft.quantize_base_model(Lm())
+def test_a_head_by_another_name():
+    """Below a module of the model's own, with a bias, a scale and a cap."""
+    base = ft.quantize_base_model(SmallLm(), modules_not_to_quantize={"top.0"})
     assert (base.skeleton.body, base.skeleton.head) == ("inner", "top.0")
     tuned = finetunes(base, 2, plain_layers={"top.0"})
-
-    def whole(base: ft.Base, t: ft.Finetuned, ids: Tensor) -> Tensor:
-        return formula(ft.apply(base, t, ids), ids)
-
     found = gradients(ft.causal_lm_loss, base, tuned[0], IDS[0], chunk_tokens=3)
     expected = gradients(whole, base, tuned[0], IDS[0])
     assert_gradients(found, expected, FP32, unlike=gradients(whole, base, tuned[1], IDS[0]))
+
+
+def whole(base: ft.Base, tuned: ft.Finetuned, ids: Tensor) -> Tensor:
+    """The formula for a model that returns its logits alone."""
+    apply = ft.apply if tuned.stack_size is None else ft.apply_stacked
+    return formula(apply(base, tuned, ids), ids)
 
 
 def test_cross_entropy_is_the_formula():

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as torch_pytree
+from live import Live
 from models import Tiny, assert_close, finetunes
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.gradcheck import GradcheckError
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetuna_func as ft
 
@@ -338,32 +338,6 @@ def test_computed_again_once_per_backward():
     assert counted.calls == 1
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside that are still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [leaf for leaf in torch_pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = {leaf.untyped_storage()._cdata for leaf in given}
-        out = function(*args, **(kwargs or {}))
-        for leaf in torch_pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in known and storage._cdata not in self.storages:
-                    self.storages[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.storages.pop, storage._cdata, None)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    @property
-    def now(self) -> int:
-        return sum(self.storages.values())
-
-
 def layer(x: Tensor) -> Tensor:
     for _ in range(8):
         x = x.sin()
@@ -385,11 +359,11 @@ SIZE = 8 * 1000
 def test_what_is_kept():
     """8 layers of 8 operations keep 64 tensors; with remat 8, and 8 (and a few) more while one is differentiated."""
     x = numbers(1000).requires_grad_()
-    with LiveBytes() as live:
+    with Live() as live:
         out = layers(layer)(x)
         assert 63 * SIZE <= live.now <= 66 * SIZE
         del out
-    with LiveBytes() as live:
+    with Live() as live:
         out = layers(ft.remat(layer))(x)
         assert 7 * SIZE <= live.now <= 10 * SIZE
         grads = torch.autograd.grad(out, x)
@@ -407,7 +381,7 @@ def test_what_is_kept_under_transforms(transform: str):
     for one in (layer, ft.remat(layer)):
         run = grad(layers(one))
         run = vmap(run) if transform == "vmap grad" else run
-        with LiveBytes() as live:
+        with Live() as live:
             run(x)
         peaks.append(live.peak)
     assert peaks[0] >= 64 * SIZE

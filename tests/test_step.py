@@ -139,7 +139,11 @@ def test_other_arguments_and_shapes():
             assert not torch.equal(found, case.loss(case.tuned, ids, scale + 1))
 
 
-@pytest.mark.parametrize("options", [{"remat": "blocks"}, {"remat": "blocks", "compile": "blocks"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"remat": "blocks"}, pytest.param({"remat": "blocks", "compile": "blocks"}, marks=pytest.mark.slow)],
+    ids=", ".join,
+)
 def test_with_what_it_is_made_for(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """`causal_lm_loss` with recomputed and compiled blocks, and keys for dropout as arguments."""
     torch.compiler.reset()
