@@ -116,7 +116,8 @@ class _Recorded:
     def __call__(self, *args: Any) -> Any:
         leaves, spec = torch_pytree.tree_flatten(args)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        key = (spec, *((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = (spec, autocast, *(_kind(leaf) for leaf in leaves))
         recording = self._recordings.get(key)
         if recording is None:
             recording = self._recordings[key] = self._record(leaves, spec)
@@ -162,3 +163,8 @@ class _Recorded:
             ) from error
         others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in out_leaves]
         return _Recording(graph, inputs, outputs, others, out_spec, donated)
+
+
+def _kind(leaf: Any) -> Any:
+    """What a recording holds for: of a tensor all but its numbers; of anything else itself, True not being 1."""
+    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
