@@ -166,7 +166,7 @@ IN_CI = {"GPT-2", "Mixtral", "Gemma 2", "T5", "BART", "nn.TransformerEncoder"}
 WITH_BLOCKS = [
     pytest.param(family.name, marks=() if family.name in IN_CI else pytest.mark.slow)
     for family in FAMILIES
-    if family.name not in ("ALBERT", "MLP", "CNN and Linear", "nn.MultiheadAttention", "nn.EmbeddingBag")
+    if family.name not in ("ALBERT", "Jamba", "MLP", "CNN and Linear", "nn.MultiheadAttention", "nn.EmbeddingBag")
 ]
 
 

@@ -94,11 +94,11 @@ def test_every_family(family: Family):
     labels = IDS.clone()
     labels[:, 0, :3] = -100
     with torch.no_grad():
-        of_base = ft.causal_lm_loss(base, None, IDS[0], labels[0], chunk_tokens=5)
-        assert of_base.shape == ()
+        of_base = ft.causal_lm_loss(base, None, IDS[0], labels[0], chunk_tokens=5, reduction="none")
+        assert of_base.shape == (B, T - 1)
         assert of_base.dtype == torch.float32
-        unlike = plain(base, tuned[0], IDS[0], labels[0])
-        assert_close(of_base, plain(base, None, IDS[0], labels[0]), FP32, unlike=unlike)
+        expected, unlike = (plain(base, t, IDS[0], labels[0], reduction="none") for t in (None, tuned[0]))
+        assert_close(of_base, expected, FP32, unlike=unlike)
     expected = gradients(plain, base, tuned[0], IDS[0], labels[0])
     found = gradients(ft.causal_lm_loss, base, tuned[0], IDS[0], labels[0], chunk_tokens=5)
     assert_gradients(found, expected, FP32, unlike=gradients(plain, base, tuned[1], IDS[0], labels[0]))
