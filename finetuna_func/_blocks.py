@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
 
 from finetuna_func._filters import join_name
 from finetuna_func._hf import records_inside_blocks
 from finetuna_func._layers import LEAF_NAMES, Binding, Call
+from finetuna_func._levels import inside_transform
 from finetuna_func._remat import remat
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -155,7 +155,7 @@ def compiled(module: nn.Module, function: Callable[..., Any]) -> Callable[..., A
 
     Where a ``torch.func`` transform is active, which the compiler does not look through, it is the function itself.
     """
-    if peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if inside_transform():
         return function
     found = vars(module).get("_ft_compiled")
     if found is None:

@@ -42,7 +42,7 @@ from finetuna_func._hf import (
 from finetuna_func._layers import Binding, Call, Context, LayerType, float_weight, layer_type, leaves_of
 from finetuna_func._quant import Scheme
 from finetuna_func._types import MATRIX, WeightForm
-from finetuna_func._unpack import Packing
+from finetuna_func._unpack import Packing, ready_codes
 
 logger = logging.getLogger(__name__)
 
@@ -284,6 +284,10 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     for leaf in itertools.chain(model.parameters(), model.buffers()):
         meta = torch.empty_like(leaf, device="meta", requires_grad=False)
         memo[id(leaf)] = nn.Parameter(meta, requires_grad=False) if isinstance(leaf, nn.Parameter) else meta
+    for module in model.modules():
+        codes = ready_codes(module)
+        if codes is not None:
+            memo[id(codes)] = {}
     skeleton = copy.deepcopy(model, memo)
     for path, module in skeleton.named_modules():
         if "forward" in vars(module):

@@ -104,7 +104,7 @@ def test_every_family(family, tmp_path):
         {"scheme": {"0": "nf4", "*": "blockwise8"}},
         {"matmul": "w8a8"},
         {"modules_not_to_quantize": ()},
-        {"modules_not_to_quantize": {"q_proj", "embed_tokens"}},
+        {"modules_not_to_quantize": ["q_proj", "embed_tokens"]},
     ],
     ids=str,
 )
