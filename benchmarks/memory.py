@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--growth", action="store_true", help="the second table instead of the first")
     parser.add_argument("--peers", action="store_true", help="PEFT with bitsandbytes as well")
+    parser.add_argument("--scheme", choices=("int8", "nf4"), help="that one alone, also of the peers")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -179,9 +180,10 @@ def main() -> None:
             ours(base, count, length, f"N = {count}", blocks, None, "AdamW")
         return
     model = llama(args.size, args.layers)
-    for scheme in ("int8", "nf4"):
+    schemes = [args.scheme] if args.scheme else ["int8", "nf4"]
+    for scheme in schemes:
         base = ft.quantize_base_model(model, scheme=scheme)
-        if scheme == "nf4":
+        if scheme == schemes[-1]:
             del model
         else:
             model.to("cpu")
@@ -193,10 +195,12 @@ def main() -> None:
         ours(base, n, length, f"{scheme}, 2 adapters at a time, 8-bit AdamW", blocks, 2, "8-bit AdamW")
         ours(base, n, length, f"{scheme}, blocks compiled", {**blocks, "compile": "blocks"}, None, "")
         del base
-        if scheme == "int8":
+        if scheme != schemes[-1]:
             model.to("cuda")
     if args.peers:
-        for name, replace in (("PEFT + LLM.int8, one after another", llm_int8), ("PEFT + nf4, one after another", nf4)):
+        for scheme in schemes:
+            kind, replace = {"int8": ("LLM.int8", llm_int8), "nf4": ("nf4", nf4)}[scheme]
+            name = f"PEFT + {kind}, one after another"
             gc.collect()
             torch.cuda.empty_cache()
             try:

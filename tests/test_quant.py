@@ -113,15 +113,19 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape, seed):
 @pytest.mark.parametrize("scheme", [Blockwise8(), Nf4()], ids=["Blockwise8", "Nf4"])
 @pytest.mark.parametrize("dtype", UNIT)
 @pytest.mark.parametrize("shape", [(6, 192), (5, 77), (3, 66), (0, 64)])
-def test_the_kernel_is_the_plain_form_bit_for_bit(scheme, dtype, shape, seed):
-    leaves = leaves_of(scheme, torch.randn(shape))
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_the_kernel_is_the_plain_form_bit_for_bit(scheme, dtype, shape, device, seed):
+    leaves = tuple(leaf.to(device) for leaf in leaves_of(scheme, torch.randn(shape)))
     plain = scheme.dequantize(dtype, *leaves)
     assert torch.equal(scheme._by_kernel(dtype, *leaves), plain) and plain.dtype == dtype
     strided = (leaves[0].mT.contiguous().mT, *leaves[1:])
     assert torch.equal(scheme._by_kernel(dtype, *strided), plain)
     if plain.numel():
         assert not strided[0].is_contiguous()
-        other = leaves_of(scheme, torch.randn(shape))
+        other = [leaf.to(device) for leaf in leaves_of(scheme, torch.randn(shape))]
         assert not torch.equal(scheme._by_kernel(dtype, *other), plain)
 
 

@@ -355,3 +355,43 @@ def test_errors(make, base, tmp_path):
             call()
     for name, t in before.items():
         assert_same_finetune(store[name], t)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_holds_the_resident_ones_alone(base):
+    """The others are in pinned memory, and what the device held for them is free again."""
+    on_gpu, tx = base.to("cuda"), optim.adamw(1e-2)
+    tuned = finetunes(base, 5)
+    states = [
+        pytree.tree_map(lambda x: torch.rand_like(x) if x.is_floating_point() else x + 3, tx.init(t)) for t in tuned
+    ]
+    store = ft.Store(on_gpu, resident=2)
+    for i, (t, state) in enumerate(zip(tuned, states, strict=True)):
+        moved = pytree.tree_map(lambda x: x.to("cuda"), state)
+        store.put(f"{i}", t.to("cuda") if i % 2 else t, moved)  # from either side
+        pytree.tree_map(lambda x: x.zero_(), moved)  # what was put is a copy
+    for entry in store._entries.values():
+        assert all(leaf.is_pinned() for leaf in (*entry.tuned.params.values(), *entry.state))
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for i in (4, 0, 1, 3, 2, 0):
+        found = store[f"{i}"]
+        assert all(leaf.is_cuda for leaf in found.params.values())
+        assert_same_finetune(found.to("cpu"), tuned[i])
+        assert_close(pytree.tree_map(lambda x: x.to("cpu"), store.state(f"{i}")), states[i])
+        del found
+    assert store.resident == ("2", "0")
+    # Each tensor takes a multiple of 512 bytes.
+    blocks = sum(-(-leaf.nbytes // 512) * 512 for t in store._residents.values() for leaf in t.params.values())
+    consts = sum(512 * len(t.consts) for t in store._residents.values())
+    assert blocks <= torch.cuda.memory_allocated() - before <= blocks + consts
+    names = ["3", "1"]
+    stacked, state = store.stack(names), store.stack_states(names)
+    ids = torch.arange(10, device="cuda").reshape(2, 5)
+    _, grads = ft.stacked_value_and_grad(loss_on(on_gpu, ids))(stacked)
+    updates, state = tx.update(grads, state, stacked)
+    stacked = optim.apply_updates(stacked, updates)
+    store.update(names, stacked, state)
+    for i, name in enumerate(names):
+        assert_same_finetune(store[name], ft.index(stacked, i))
+        assert any(not torch.equal(store[name].params[n].cpu(), leaf) for n, leaf in tuned[int(name)].params.items())

@@ -116,14 +116,21 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, u: Tensor) -> Tensor:
     # Adding a uniform number to the bits that are cut off carries into the others with the right probability. The
     # difference of x and x rounded would be simpler, but compilers take the two casts for none.
     cut = 16 if dtype == torch.bfloat16 else 13
-    bits = x.view(torch.int32) + (u * 2**cut).to(torch.int32)
-    rounded = (bits & -(1 << cut)).view(torch.float32)
+    bits = _bits_as(x, torch.int32) + (u * 2**cut).to(torch.int32)
+    rounded = _bits_as(bits & -(1 << cut), torch.float32)
     if dtype == torch.float16:  # whose smallest numbers are multiples of 2 ** -24
         multiple = x.abs() * 2.0**24
         whole = torch.floor(multiple)
         small = torch.copysign((whole + (u < multiple - whole)) * 2.0**-24, x)
         rounded = torch.where(x.abs() < 2.0**-14, small, rounded)
     return torch.where(x.isfinite(), rounded, x).to(dtype)
+
+
+def _bits_as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    try:
+        return x.view(dtype)
+    except RuntimeError:  # torch below 2.13 has no rule for that view under vmap
+        return torch.view_copy(x, dtype=dtype)
 
 
 def _with(params: Tree, leaves: Params) -> Tree:
