@@ -272,6 +272,8 @@ _CAUSAL_BODIES = frozenset(
         ("gemma", "GemmaModel"),
         ("glm", "GlmModel"),
         ("glm4", "Glm4Model"),
+        ("gpt2", "GPT2Model"),
+        ("gpt_neox", "GPTNeoXModel"),
         ("granite", "GraniteModel"),
         ("helium", "HeliumModel"),
         ("llama", "LlamaModel"),

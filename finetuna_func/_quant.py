@@ -207,7 +207,7 @@ class Blockwise8:
 
     def _by_kernel(self, dtype: torch.dtype, *leaves: Tensor) -> Tensor:
         """`dequantize` in bitsandbytes' kernel: the same numbers, faster and without temporaries."""
-        if dtype == torch.float64:
+        if dtype == torch.float64 or not leaves[0].numel():  # on a GPU the kernel fails on nothing
             return self.dequantize(dtype, *leaves)
         import bitsandbytes  # noqa: F401  (registers the torch.ops used below)
 
@@ -298,7 +298,7 @@ class Nf4:
         """`dequantize` in bitsandbytes' kernel, several times as fast, where the layout is its own."""
         codes = leaves[0]
         height, width = codes.shape[0], 2 * codes.shape[1]
-        if codes.dtype != torch.uint8 or width % self.block or dtype == torch.float64:
+        if codes.dtype != torch.uint8 or width % self.block or dtype == torch.float64 or not codes.numel():
             return self.dequantize(dtype, *leaves)
         import bitsandbytes  # noqa: F401  (registers the torch.ops used below)
 
