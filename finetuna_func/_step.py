@@ -160,8 +160,8 @@ class _Recorded:
                 "compile_step: the step could not be recorded as a CUDA graph, most likely because loss_fn waits for "
                 "the GPU (.item(), a branch on a value, copying from the host), or because the model takes another way "
                 "while it is recorded, so that its blocks would be compiled anew (without a mask, some form one then). "
-                "Take that out of loss_fn, give the model a mask (1, 1, T, T), or pass cuda_graph=False. The error was: "
-                f"{error}"
+                "Take that out of loss_fn, give the model a mask (1, 1, T, T), or pass cuda_graph=False. "
+                f"The error was: {error}"
             ) from error
         others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in out_leaves]
         return _Recording(graph, inputs, outputs, others, out_spec, donated)
