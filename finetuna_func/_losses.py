@@ -18,6 +18,7 @@ from finetuna_func._body import with_hidden_states
 from finetuna_func._functional import Blocks, bind, check_blocks, check_types, is_stack, keys_of_stack, run, run_stacked
 from finetuna_func._layers import Call
 from finetuna_func._remat import remat as rematerialized
+from finetuna_func._sums import sum_of_pieces
 from finetuna_func._types import Base, Finetuned, Params
 
 _PIECE_BYTES = 2**28  # of fp32 logits; large enough to keep a GPU busy
@@ -96,14 +97,13 @@ def causal_lm_loss(
         out = run_stacked(base, tuned, leaves, (), inputs, part=part, **fields)
     if part == "all":
         losses = _cross_entropy(_logits(out), targets, ignore_index)
+        total = losses.sum((-2, -1))
     else:
         hidden, kind = out
-        losses = _losses_in_pieces(
-            base, leaves, hidden, kind, targets, n, ignore_index, chunk_tokens, fields["compile"]
-        )
+        own = (base, leaves, hidden, kind, targets, n, ignore_index, chunk_tokens, fields["compile"])
+        losses = total = _losses_in_pieces(*own, summed=reduction != "none")
     if reduction == "none":
         return losses[..., :-1]
-    total = losses.sum((-2, -1))
     if reduction == "sum":
         return total
     return total / (targets != ignore_index).sum((-2, -1)).clamp(min=1)
@@ -119,8 +119,10 @@ def _losses_in_pieces(
     ignore_index: int,
     chunk_tokens: int | None,
     compile: bool,
+    *,
+    summed: bool,
 ) -> Tensor:
-    """Losses like ``targets``: hidden states, which the body returned in a ``kind``, through the head in pieces."""
+    """Losses like ``targets``, or their sums, of hidden states, which the body returned in a ``kind``."""
     of_head = {name: leaf for name, leaf in leaves.items() if not name.startswith(f"{base.skeleton.body}.")}
     with base.skeleton.calling() as (module, call):
         pass  # this thread's, which the backward pass uses as well, in whatever thread it runs
@@ -135,7 +137,10 @@ def _losses_in_pieces(
             call.restore(before)
 
     size = _piece_size(base, of_head, targets, n, chunk_tokens)
-    pieces = zip(hidden.flatten(-3, -2).split(size, dim=-2), targets.flatten(-2).split(size, dim=-1), strict=True)
+    hidden, listed = hidden.flatten(-3, -2), targets.flatten(-2)
+    if summed:
+        return sum_of_pieces(piece, of_head, hidden, listed, size, n)
+    pieces = zip(hidden.split(size, dim=-2), listed.split(size, dim=-1), strict=True)
     losses = [rematerialized(piece)(of_head, own, own_targets) for own, own_targets in pieces]
     return torch.cat(losses, dim=-1).reshape(targets.shape)
 
@@ -151,11 +156,15 @@ def _head_losses(
 
 
 def _piece_size(base: Base, of_head: Params, targets: Tensor, n: int | None, chunk_tokens: int | None) -> int:
-    """Tokens of one finetune in a piece."""
+    """Tokens of one finetune in a piece. If one size fits, all pieces have it: a compiler makes code for each."""
+    tokens = targets.shape[-2] * targets.shape[-1]
     if any(name.endswith("dropout_key") for name in of_head):
-        return targets.shape[-2] * targets.shape[-1]  # a mask is drawn for all tokens together
+        return tokens  # a mask is drawn for all tokens together
     vocabulary = base.skeleton.shapes[f"{base.skeleton.head}.weight"][0]
-    return max(1, piece_tokens(vocabulary, chunk_tokens) // (n or 1))
+    most = max(1, piece_tokens(vocabulary, chunk_tokens) // (n or 1))
+    fewest = -(-tokens // most)
+    count = next((count for count in range(fewest, 2 * fewest) if tokens % count == 0), fewest)
+    return -(-tokens // count)
 
 
 def piece_tokens(vocabulary: int, chunk_tokens: int | None) -> int:

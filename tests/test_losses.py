@@ -429,8 +429,12 @@ def test_the_size_of_a_piece_by_default(base: ft.Base, monkeypatch: pytest.Monke
         return original(module, call, leaves, rows, *rest)
 
     monkeypatch.setattr(_losses, "_head_losses", noting)
-    ft.causal_lm_loss(base, ft.stack(finetunes(base, N)), IDS, chunk_tokens=10)  # three tokens of each
-    assert seen == [9, 9, 9, 9, 6]
+    stacked = ft.stack(finetunes(base, N))
+    ft.causal_lm_loss(base, stacked, IDS, chunk_tokens=10)  # three tokens of each at most, and two divide the fourteen
+    assert seen == [6] * 7
+    seen.clear()
+    ft.causal_lm_loss(base, stacked, IDS.reshape(N, 1, -1)[..., :13], chunk_tokens=12)  # nothing divides thirteen
+    assert seen == [12, 12, 12, 3]
 
 
 # --- compiled

@@ -1,0 +1,109 @@
+"""A sum over pieces whose gradients are formed with it, while what each piece computed is there.
+
+`_losses` sums the losses of tokens, piece by piece, through a head whose logits are too large to keep. Recomputing them
+in the backward pass is a third product with the head; but a sum is linear in its terms, so that the gradient for any
+cotangent is that for 1, scaled: it can be formed at once. (So do fused cross-entropies such as that of
+`Liger Kernel <https://arxiv.org/abs/2410.10989>`_, for one loss of one model.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetuna_func._levels import inside_transform
+from finetuna_func._remat import remat
+
+Piece = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
+
+
+def sum_of_pieces(
+    piece: Piece, leaves: Mapping[str, Tensor], hidden: Tensor, targets: Tensor, size: int, n: int | None
+) -> Tensor:
+    """Returns the sums of losses, ``()``, or ``(N,)`` of a stack.
+
+    By first-order autograd the gradients are formed in the forward pass. Under a transform, the compiler, or where the
+    parts of finetunes cannot be told apart, each piece is a `remat`.
+
+    Args:
+        piece: ``(leaves, hidden, targets) -> losses`` of some tokens, in the shape of these targets. Pure; a token's
+            loss depends on its own hidden state alone, and finetune i's on ``leaf[i]`` alone.
+        leaves: What else it reads.
+        hidden: ``(tokens, width)``, or ``(N, tokens, width)``.
+        targets: ``(tokens,)``, or ``(N, tokens)``.
+        size: Tokens of one finetune in a piece.
+        n: Of a stack, how many finetunes.
+    """
+    leaves = dict(leaves)
+    names = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    apart = n is None or all(leaves[name].shape[:1] == (n,) for name in names)
+    recorded = torch.is_grad_enabled() and bool(names or hidden.requires_grad)
+    if not recorded or not apart or inside_transform() or torch.compiler.is_compiling():
+        return _rematerialized(piece, leaves, hidden, targets, size)
+    constants = {name: leaf for name, leaf in leaves.items() if name not in names}
+    return _WithGradients.apply(piece, constants, names, targets, size, hidden, *(leaves[name] for name in names))
+
+
+def _rematerialized(piece: Piece, leaves: dict[str, Tensor], hidden: Tensor, targets: Tensor, size: int) -> Tensor:
+    pieces = zip(hidden.split(size, dim=-2), targets.split(size, dim=-1), strict=True)
+    return torch.stack([remat(piece)(leaves, *own).sum(-1) for own in pieces]).sum(0)
+
+
+class _WithGradients(torch.autograd.Function):
+    """The sums, and what they are differentiated by for a cotangent of 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        piece: Piece,
+        constants: dict[str, Tensor],
+        names: list[str],
+        targets: Tensor,
+        size: int,
+        hidden: Tensor,
+        *leaves: Tensor,
+    ) -> Tensor:
+        needed = ctx.needs_input_grad[5:]
+        fresh = [leaf.detach().requires_grad_(need) for leaf, need in zip(leaves, needed[1:], strict=True)]
+        bound = constants | dict(zip(names, fresh, strict=True))
+        d_hidden = torch.empty_like(hidden) if needed[0] else None
+        d_leaves: list[Tensor] = []
+        total: Any = 0
+        for start in range(0, targets.shape[-1], size):
+            own_targets = targets[..., start : start + size]
+            own = hidden[..., start : start + size, :].detach().requires_grad_(needed[0])
+            with torch.enable_grad():
+                sums = piece(bound, own, own_targets).sum(-1)
+                inputs = [t for t in (own, *fresh) if t.requires_grad]
+                found = list(torch.autograd.grad(sums.sum(), inputs, allow_unused=True, materialize_grads=True))
+            if d_hidden is not None:
+                d_hidden[..., start : start + size, :] = found.pop(0)
+            d_leaves = [a.add_(b) for a, b in zip(d_leaves, found, strict=True)] if d_leaves else found
+            total = total + sums.detach()
+        ctx.again = (piece, constants, names, targets, size)
+        ctx.save_for_backward(hidden, *leaves)
+        ctx.formed = (d_hidden, d_leaves)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (cotangent,), needed = cotangents, ctx.needs_input_grad[5:]
+        if torch.is_grad_enabled():  # it is differentiated again
+            piece, constants, names, targets, size = ctx.again
+            hidden, *leaves = ctx.saved_tensors
+            total = _rematerialized(piece, constants | dict(zip(names, leaves, strict=True)), hidden, targets, size)
+            inputs = [t for t, need in zip((hidden, *leaves), needed, strict=True) if need]
+            found = iter(torch.autograd.grad(total, inputs, cotangent, create_graph=True, materialize_grads=True))
+        else:
+            d_hidden, d_leaves = ctx.formed
+            formed = [*([] if d_hidden is None else [d_hidden]), *d_leaves]
+            found = iter([_scaled(grad, cotangent) for grad in formed])
+        return (*([None] * 5), *(next(found) if need else None for need in needed))
+
+
+def _scaled(grad: Tensor, cotangent: Tensor) -> Tensor:
+    """A gradient by the cotangent of its finetune, not rounded to the gradient's dtype before the product."""
+    return (grad * cotangent.reshape(*cotangent.shape, *([1] * (grad.ndim - cotangent.ndim)))).to(grad.dtype)
