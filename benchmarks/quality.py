@@ -50,6 +50,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -60,6 +61,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import _tasks
 from _tasks import TASKS, Items, real_data
+from train_step import PROJECTIONS, llm_int8
 
 EXAMPLES = """examples:
   python benchmarks/quality.py                          a first look: 2 tasks, 1 seed, 30 steps
@@ -82,7 +84,6 @@ METHODS = {
     "ours-nf4": "finetuna_func, nf4",
 }
 REFERENCE = "peft"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IGNORED = -100
 
 
@@ -442,21 +443,12 @@ def module_scorer(model: Any, corpus: Corpus) -> tuple[Losses, Generate]:
     return losses, generate
 
 
-def llm_int8(model: nn.Module) -> nn.Module:
+def in_llm_int8(model: nn.Module) -> nn.Module:
     """Returns the model, its projections replaced by bitsandbytes' LLM.int8 layers, and ready for PEFT."""
-    import bitsandbytes as bnb
     import peft
 
-    for path, module in list(model.named_modules()):
-        if path.endswith(PROJECTIONS):
-            layer = bnb.nn.Linear8bitLt(
-                module.in_features, module.out_features, bias=False, has_fp16_weights=False, threshold=6.0
-            )
-            weight = module.weight.data.half().cpu()
-            layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-            parent, _, own = path.rpartition(".")
-            setattr(model.get_submodule(parent), own, layer.to(module.weight.device))  # which quantizes it
-    model.is_loaded_in_8bit = True  # as transformers says of a model that it loads so
+    model = llm_int8(model)  # type: ignore[arg-type]
+    model.is_loaded_in_8bit = True  # type: ignore[assignment]  # as transformers says of a model that it loads so
     return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[arg-type]
 
 
@@ -473,7 +465,7 @@ def run_method(
     if method == "base":
         return run_untrained(model, runs, corpora, budget, device)
     if method in ("peft", "llm.int8"):
-        own = model if method == "peft" else llm_int8(model)
+        own = model if method == "peft" else in_llm_int8(model)
         return run_peft(method, own, starts, runs, corpora, budget, device)
     base = ft.quantize_base_model(model, scheme="nf4" if method == "ours-nf4" else "int8")
     return run_stacked(method, base, starts, runs, corpora, budget, device)
@@ -666,6 +658,8 @@ def load_model(path: Path) -> tuple[Any, Any]:
     """Returns model and tokenizer of a checkpoint folder or a GGUF file: float32, in eval mode, frozen."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    if not path.exists():
+        raise FileNotFoundError(f"--model {path}: there is nothing; expected a checkpoint folder or a GGUF file.")
     options: dict[str, Any] = {"local_files_only": True}
     folder = path
     if path.suffix == ".gguf":
@@ -827,6 +821,8 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("highest")
     warnings.filterwarnings("ignore", message="MatMul8bitLt")  # bitsandbytes, at every layer of every step
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     try:
         if args.prepare is not None:
             for file in _tasks.prepare(args.prepare):
