@@ -50,7 +50,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -667,7 +666,8 @@ def load_model(path: Path) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     if path.suffix == ".gguf":
         options["quantization_config"] = GgufConfig(gguf_file=path.name, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    with real_data._quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -820,9 +820,8 @@ def main(given: Sequence[str] | None = None) -> None:
     args = arguments(given)
     torch.set_float32_matmul_precision("highest")
     warnings.filterwarnings("ignore", message="MatMul8bitLt")  # bitsandbytes, at every layer of every step
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT, of its own use
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     try:
         if args.prepare is not None:
             for file in _tasks.prepare(args.prepare):
