@@ -489,7 +489,10 @@ def read_book(path: Path) -> Book:
     """
     try:
         content = json.loads(path.read_text("utf-8"))
-        return Book(content["budget"], content["made_with"], [Result(**row) for row in content["results"]])
+        book = Book(dict(content["budget"]), list(content["made_with"]), [Result(**row) for row in content["results"]])
+        if any(row.method not in METHODS or row.task not in TASKS or not row.right for row in book.results):
+            raise ValueError("a method or task that is not known")
+        return book
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no file of results that this script wrote ({error}).") from error
 
@@ -619,16 +622,18 @@ def plot(results: Sequence[Result], path: Path) -> None:
     for panel, title, value in of:
         highest = 0.0
         for i, (method, rows) in enumerate(methods.items()):
+            label: str | None = METHODS[method]
             for place, task in enumerate(tasks):
                 own = [value(row) for row in rows if row.task == task]
                 if own:
                     at = place + (i - (len(methods) - 1) / 2) * width
-                    label = METHODS[method] if place == 0 else None
                     panel.bar(at, statistics.fmean(own), 0.9 * width, color=colors[method], label=label)
+                    label = None  # a method is named once
                     if method != "base":
                         panel.plot([at] * len(own), own, "o", color="black", markersize=2.5)
                         highest = max(highest, *own)
-        panel.set_title(title, fontsize=10)
+        cut_off = " (untrained: cut off)" if panel is panels[1] and "base" in methods else ""
+        panel.set_title(title + cut_off, fontsize=10)
         panel.set_xticks(range(len(tasks)), tasks)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", alpha=0.3)
@@ -774,6 +779,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("alpha", "lr", "clip"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} {getattr(args, name)}: a number above 0")
+    for name in ("json", "plot"):
+        path = getattr(args, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"--{name} {path}: there is no folder {path.absolute().parent}")
     return args
 
 

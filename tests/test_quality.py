@@ -334,9 +334,11 @@ def test_reports_that_would_mislead_are_refused(script: Any, folder: Path, tmp_p
     ]
     with pytest.raises(ValueError, match="different numbers of tokens"):
         script.merged({"one": script.Book(content["budget"], [], rows)})
-    other.write_text("[1]")
-    with pytest.raises(SystemExit, match="no file of results"):
-        script.main(["--report", str(other)])
+    strange = [content["results"][0] | change for change in ({"method": "mine"}, {"task": "chess"}, {"right": ""})]
+    for wrong in ([1], *({**content, "results": [row]} for row in strange)):
+        other.write_text(json.dumps(wrong))
+        with pytest.raises(SystemExit, match="no file of results"):
+            script.main(["--report", str(other)])
 
 
 def test_the_table_has_means_spreads_and_paired_differences(script: Any) -> None:
@@ -365,6 +367,7 @@ def test_the_table_has_means_spreads_and_paired_differences(script: Any) -> None
         (["--runs", "sums:-1"], "TASK:SEED"),
         (["--steps", "0"], "at least 1"),
         (["--lr", "nan"], "above 0"),
+        (["--json", "nowhere/a.json"], "no folder"),
     ],
 )
 def test_wrong_arguments(script: Any, wrong: list[str], message: str, capsys: Any) -> None:
