@@ -779,6 +779,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("alpha", "lr", "clip"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} {getattr(args, name)}: a number above 0")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch sees no GPU here")
     for name in ("json", "plot"):
         path = getattr(args, name)
         if path is not None and not path.absolute().parent.is_dir():
@@ -837,7 +839,7 @@ def main(given: Sequence[str] | None = None) -> None:
                 print(f"{file}: {file.stat().st_size:,} bytes")
             return
         book = merged({str(path): read_book(path) for path in args.report}) if args.report else run_all(args)
-    except (real_data.FetchError, FileNotFoundError, ValueError) as error:
+    except (real_data.FetchError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     show(book, args.markdown, args.plot)
 

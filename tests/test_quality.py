@@ -376,6 +376,8 @@ def test_wrong_arguments(script: Any, wrong: list[str], message: str, capsys: An
     assert message in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there(script: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_model_or_a_folder_that_is_not_there(script: Any, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="nowhere"):
         script.main([*command(folder), "--model", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="error"):
+        script.main(["--prepare", str(folder / "tasks" / "sums.jsonl")])
