@@ -11,7 +11,7 @@ JOBS   ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); [ $$n -g
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo data test test-slow lint format bench clean
+.PHONY: help demo data test test-slow lint format docs docs-serve bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ demo: $(VENV)/.demo ## train adapters on real texts and show the result; DEMO_ST
 data: $(VENV)/.demo ## fetch the real weights and texts into the user's cache folder
 	$(BIN)/python examples/real_data.py
 
-test: lint ## lint, type check, tests and doctests
+test: lint docs ## lint, type check, documentation, tests and doctests
 	$(PYTEST)
 
 test-slow: $(VENV)/.dev ## the tests that need minutes
@@ -37,11 +37,19 @@ format: $(VENV)/.dev ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
+# The variable silences mkdocs-material's note on the future of mkdocs. (--quiet would let warnings pass.)
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.dev ## build the documentation into site/; a warning is an error
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.dev ## show the documentation, built anew as you write
+	$(BIN)/python -m mkdocs serve
+
 bench: $(VENV)/.bench ## run every benchmark, one table each
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 clean: ## remove .venv, caches and build outputs (not the cache of weights and texts)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -exec rm -rf {} +
 
 $(BIN)/python:

@@ -1,4 +1,4 @@
-"""Writes the page of the command line from the application itself, as typer words it."""
+"""Writes the page of the command line from the application, as typer words it."""
 
 from __future__ import annotations
 
@@ -12,32 +12,37 @@ from typer.main import get_command
 MARKER = "<!-- the commands -->"
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return markdown.replace(MARKER, commands()) if MARKER in markdown else markdown
+
+
 def commands() -> str:
-    """Returns the reference of all commands as Markdown, a second-level heading each."""
+    """Returns the reference of all commands, a second-level heading each."""
     import finetuna_func.cli  # noqa: F401  registers the commands
     from finetuna_func.cli._app import app
 
     group: Any = get_command(app)
-    return "\n".join(
-        _under_panels(get_docs_for_click(obj=command, ctx=context, name=name, call_prefix="finetuna", indent=1), command)
-        for name in group.list_commands(typer.Context(group))
-        if (command := group.get_command(None, name)) and (context := typer.Context(command, info_name=name))
+    names = group.list_commands(typer.Context(group))
+    return "\n".join(reference(name, group.commands[name]) for name in names)
+
+
+def reference(name: str, command: Any) -> str:
+    """Returns what typer says of a command, options under the headings of --help."""
+    context = typer.Context(command, info_name=name)
+    text = get_docs_for_click(
+        obj=command, ctx=context, name=name, call_prefix="finetuna", indent=1
     )
-
-
-def _under_panels(text: str, command: Any) -> str:
-    """Returns the list of options with the headings that ``--help`` puts over them."""
-    panels = {f"--{p.name}".replace("_", "-"): getattr(p, "rich_help_panel", None) for p in command.params}
-    panels |= {o: getattr(p, "rich_help_panel", None) for p in command.params for o in p.opts}
-    lines, panel = [], None
+    panels = {
+        option: getattr(parameter, "rich_help_panel", None) or "Others"
+        for parameter in command.params
+        for option in parameter.opts
+    }
+    lines, panel = [], "Others" if set(panels.values()) == {"Others"} else ""
     for line in text.splitlines():
-        found = re.match(r"\* `(--[a-z-]+)", line)
-        if found and (now := panels.get(found[1])) != panel:
-            lines += ["", f"*{now}*" if now else "*Others*", ""] if now or panel else []
-            panel = now
+        if found := re.match(r"\* `(--[a-z-]+)", line):
+            now = panels.get(found[1], "Others")
+            if now != panel:
+                lines += ["", f"*{now}*", ""]
+                panel = now
         lines.append(line)
     return "\n".join(lines) + "\n"
-
-
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    return markdown.replace(MARKER, commands()) if MARKER in markdown else markdown
