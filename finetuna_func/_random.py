@@ -35,6 +35,10 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     """Returns a new key that depends on ``key`` and ``data``; use it per step, layer or adapter.
 
+    Args:
+        key: ``()`` int64, or several keys.
+        data: An integer, or integers in a tensor: a key for each, in the shape to which both broadcast.
+
     Example:
         >>> bool(fold_in(key(0), 1) == fold_in(key(0), 2))
         False
@@ -69,6 +73,11 @@ def uniform(key: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
 
 def dropout(key: Tensor, x: Tensor, p: Tensor | float) -> Tensor:
     """Returns ``x`` with each element zeroed with probability ``p`` and the others divided by ``1 - p``.
+
+    Args:
+        key: ``()`` int64.
+        x: ``(...)``, floating point; so is the result, in the same dtype.
+        p: A number or ``()``, in ``[0, 1)``.
 
     Example:
         >>> dropout(key(0), torch.ones(1000), 0.5).unique().tolist()

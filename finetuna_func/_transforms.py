@@ -23,7 +23,7 @@ _A_TENSOR = object()
 
 
 def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Gradients]]:
-    """Returns a function that gives the loss and its gradient with respect to the finetune's params.
+    """Returns a function that gives the loss, ``()``, and its gradient with respect to the finetune's params.
 
     The result has the signature of ``loss_fn``. Among its positional arguments there is exactly one
     `Finetuned`; the gradient is a dict ``{name: tensor}`` like its ``params``. Neither carries a graph:

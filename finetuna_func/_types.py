@@ -48,6 +48,8 @@ def frozen_tree(tree: Params) -> Params:
 class LinearAdapterConfig:
     """LoRA on a linear layer: ``y += scale * (dropout(x) @ A.T @ B.T + bias)``.
 
+    Shapes: x ``(..., in)``, A ``(r, in)``, B ``(out, r)``, bias ``(out,)``, y ``(..., out)``.
+
     Source: `LoRA <https://arxiv.org/abs/2106.09685>`_.
 
     Attributes:
@@ -120,6 +122,8 @@ class LinearAdapterConfig:
 @dataclass(frozen=True, slots=True)
 class EmbeddingAdapterConfig:
     """LoRA on an embedding: ``y += scale * A.T[ids] @ B.T``.
+
+    Shapes: ids ``(...)``, A ``(r, rows of the table)``, B ``(width, r)``, y ``(..., width)``.
 
     Attributes:
         r: Rank, between 1 and the smaller side of the table.
@@ -231,7 +235,8 @@ class Base:
 
     Attributes:
         params: ``{name: tensor}``; a quantized ``path.weight`` holds the codes and has a
-            ``path.weight_scale`` beside it. Read-only.
+            ``path.weight_scale`` beside it: in ``"int8"``, ``(out, in)`` int8 and ``(out,)`` float32.
+            Read-only.
         skeleton: The model on the meta device, its layers reinterpreted. Static.
         fingerprint: Identifies architecture, quantization and content. Static.
         derived: 8-bit leaves made later for layers that `params` holds in float, by layer;
@@ -295,9 +300,10 @@ class Finetuned:
     tensors of `params` and `consts`.
 
     Attributes:
-        params: What is differentiated: ``path.lora_a``, ``path.lora_b``, plain weights. Read-only.
-        consts: What is batched but not trained: ``path.lora_scale``, ``path.lora_dropout``, and what
-            DoRA, PiSSA and OLoRA keep of the frozen weight.
+        params: What is differentiated: ``path.lora_a``, ``(r, in)``; ``path.lora_b``, ``(out, r)``; plain
+            weights. Those of a stack have a leading axis N. Read-only.
+        consts: What is batched but not trained: ``path.lora_scale`` and ``path.lora_dropout``, both ``()``,
+            of a stack ``(N,)``; and what DoRA, PiSSA and OLoRA keep of the frozen weight.
         spec: Static description.
     """
 

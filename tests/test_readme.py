@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import doctest
 import re
-from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
+from pages import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +23,6 @@ from transformers import (
 
 import finetuna_func as ft
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 VOCABULARY = 256
 
@@ -44,20 +44,12 @@ def tiny_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=characters)
 
 
-def code_blocks() -> list[tuple[int, str]]:
-    """The line that each python block starts after, and its code."""
-    found = re.finditer(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [(README.count("\n", 0, match.start()) + 1, match[1]) for match in found]
-
-
 def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny_model("").save_pretrained("checkpoints/SmolLM2")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", tiny_model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", tiny_tokenizer)
-    names: dict[str, Any] = {}
-    for line, code in code_blocks():
-        exec(compile("\n" * line + code, str(ROOT / "README.md"), "exec"), names)
+    names = pages.run(pages.blocks(ROOT / "README.md", "python"))
     assert {"adapters", "full.safetensors", "adapter.safetensors"} <= {path.name for path in tmp_path.iterdir()}
     assert names["losses"].shape == (3,)
     assert names["sample_losses"].shape == (4,)
@@ -67,8 +59,8 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
 
 
 def test_the_first_block_stands_alone_and_is_short():
-    _, code = code_blocks()[0]
-    statements = [line for line in code.splitlines() if line and not line.startswith(("import ", "from "))]
+    first = pages.blocks(ROOT / "README.md", "python")[0]
+    statements = [line for line in first.code.splitlines() if line and not line.startswith(("import ", "from "))]
     assert len(statements) <= 15
     assert len(README[: README.index("```python")].splitlines()) <= 8
 

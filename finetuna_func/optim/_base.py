@@ -40,7 +40,7 @@ class GradientTransformation(NamedTuple):
     Attributes:
         init: ``init(params)`` returns the first state.
         update: ``update(updates, state, params=None)`` returns new updates and the next state.
-            ``updates`` are gradients, or what an earlier transformation made of them.
+            ``updates`` are gradients, or what an earlier transformation made of them, in the shapes of the params.
 
     Example:
         >>> params = {"w": torch.ones(2)}
