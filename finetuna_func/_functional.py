@@ -47,7 +47,7 @@ def apply(
             (Dropout inside fused attention stays off: it has no key.)
         rng: Key for the dropout masks, from ``ft.random.key``; required if there is any dropout.
         remat: ``"blocks"`` to keep only the inputs of the model's repeated blocks for the backward pass and compute
-            each block again there: a third more time, and activations of one block instead of all.
+            each block again there: about half as much time again, and activations of one block instead of all.
         compile: ``"blocks"`` to run the repeated blocks through ``torch.compile``, one graph for all that are alike,
             where no ``torch.func`` transform is active.
         **kwargs: Keyword inputs of the model.

@@ -57,6 +57,15 @@ def test_python_blocks_run_in_order(page: Path, workplace: Path, capsys: pytest.
     pages.run(python(page))
 
 
+@pytest.mark.parametrize("page", ALL, ids=name_of)
+def test_code_that_is_not_tested_is_of_a_kind_that_cannot_be(page: Path):
+    """Blocks are run (python, bash), data, or shown; what is only shown installs or serves."""
+    opened = re.findall(r"^ *```([a-z]*)", page.read_text("utf-8"), re.MULTILINE)[::2]
+    assert set(opened) <= {"python", "bash", "yaml", "text", "sh", ""}
+    for block in pages.blocks(page, "sh"):
+        assert re.match(r"(pip|vllm) ", block.code), block
+
+
 def test_pages_that_must_have_code_do():
     with_code = {name_of(page) for page in ALL if python(page)}
     guides = {name_of(page) for page in (DOCS / "guides").glob("*.md")} - {"guides/index"}
