@@ -163,5 +163,8 @@ def test_the_tutorial_of_the_command_line(tmp_path: Path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Going on after step" in done.stdout + done.stderr
     assert re.search(r"21 \+ 34 = \d+", done.stdout)
+    number = r" +[\d.]+ +│"
+    for place, name in enumerate(("sums", "loud", "weather")):  # each adapter is best on its own text
+        assert re.search(rf"│ {name} +│{number * place} +[\d.]+ \* ", done.stdout), name
     for name in ("sums", "loud", "weather"):
         assert (tmp_path / "run" / name / "adapter_model.safetensors").is_file()
