@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 import re
@@ -128,6 +129,36 @@ def test_a_command_with_an_unknown_option_would_be_noticed():
     group: Any = get_command(_app.app)
     with pytest.raises(Exception, match=r"[Nn]o such option"):
         group.get_command(typer.Context(group), "eval").make_context("eval", ["--base", "b", "--datum", "a.jsonl"])
+
+
+def hook(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"hooks/{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_the_command_line_has_every_command_and_option():
+    text = hook("cli_reference").on_page_markdown("before\n<!-- the commands -->\nafter")
+    group: Any = get_command(_app.app)
+    assert re.findall(r"^## `finetuna (\w+)`$", text, re.MULTILINE) == list(_app.COMMANDS)
+    for part, name in zip(text.split("\n## ")[1:], _app.COMMANDS, strict=True):
+        for parameter in group.commands[name].params:
+            assert not parameter.opts[0].startswith("--") or parameter.opts[0] in part, (name, parameter.opts)
+    assert text.startswith("before\n") and text.endswith("\nafter")
+    train = text.split("\n## ")[2]
+    assert train.index("*Per adapter*") < train.index("--learning-rate") < train.index("*Steps*")
+
+
+def test_docstrings_become_markdown():
+    linked = hook("docstrings")._linked
+    public = {"apply": "ft.apply", "optim.adamw": "ft.optim.adamw"}
+    text = "See `apply`, ``apply``, `adamw`, `other`.\n    Example:\n    >>> `apply`\n`Adam <https://a.org>`_."
+    assert linked(text, "finetuna_func.optim.sgd", public) == (
+        "See [`apply`][ft.apply], ``apply``, [`adamw`][ft.optim.adamw], `other`.\n"
+        "    Examples:\n    >>> `apply`\n[Adam](https://a.org)."
+    )
 
 
 @pytest.mark.slow
