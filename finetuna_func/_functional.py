@@ -14,6 +14,7 @@ from finetuna_func._base import quantized_leaves
 from finetuna_func._blocks import has_state
 from finetuna_func._body import hidden_states
 from finetuna_func._filters import join_name, split_name
+from finetuna_func._fold import fold
 from finetuna_func._hf import causal_mask, has_mask, with_mappable_mask
 from finetuna_func._layers import LEAF_NAMES, Call, inside_vmap
 from finetuna_func._quant import SUFFIXES
@@ -66,7 +67,14 @@ def apply(
     if rng is not None and rng.ndim:
         raise ValueError(f"apply: rng has shape {tuple(rng.shape)}; one finetune takes one key, of shape ().")
     fields = check_blocks("apply", base, remat, compile)
-    return run(base, bind(base, tuned, train=train, rng=rng), args, kwargs, **fields)
+
+    def compute(n: int | None, tuned: Finetuned | None, rng: Tensor | None, inputs: Any) -> Any:
+        leaves = bind(base, tuned, train=train, rng=rng)
+        if n is None or tuned is None:
+            return run(base, leaves, *inputs, **fields)
+        return run_stacked(base, tuned, n, leaves, *inputs, **fields)
+
+    return fold("apply", compute, base, tuned, rng, (args, kwargs), (args, kwargs))
 
 
 def apply_stacked(
@@ -108,8 +116,9 @@ def apply_stacked(
     if stacked is None or stacked.stack_size is None:
         raise ValueError(f"apply_stacked: expected a stack made by ft.stack([...]), got {stacked!r}; use ft.apply.")
     fields = check_blocks("apply_stacked", base, remat, compile)
-    leaves = bind(base, stacked, train=train, rng=keys_of_stack("apply_stacked", stacked.stack_size, rng))
-    return run_stacked(base, stacked, leaves, args, kwargs, **fields)
+    n = stacked.stack_size
+    leaves = bind(base, stacked, train=train, rng=keys_of_stack("apply_stacked", n, rng))
+    return run_stacked(base, stacked, n, leaves, args, kwargs, **fields)
 
 
 def run(base: Base, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any], **fields: Any) -> Any:
@@ -127,19 +136,17 @@ def run(base: Base, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def run_stacked(
-    base: Base, stacked: Finetuned, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any], **fields: Any
+    base: Base, stacked: Finetuned, n: int, leaves: Params, args: tuple[Any, ...], kwargs: dict[str, Any], **fields: Any
 ) -> Any:
-    """Returns the same for a stack, ``(N, B, ...)``."""
-    n = stacked.stack_size
-    assert n is not None
+    """Returns the same for a stack of ``n``, ``(n, B, ...)``."""
     shape = _input_shape(n, args, kwargs)
     spare = _spare_rows(n, shape.batch, 0, {size for own in shape.inputs for size in own})
-    out = _run_rows(base, stacked, leaves, shape, spare, args, kwargs, **fields)
+    out = _run_rows(base, stacked, n, leaves, shape, spare, args, kwargs, **fields)
     suspects = set() if torch.compiler.is_compiling() else _axes_like_rows(out, n * (shape.batch + spare))
     if suspects:
         taken = {size for leaf in torch_pytree.tree_leaves((out, args, kwargs)) for size in getattr(leaf, "shape", ())}
         another = _spare_rows(n, shape.batch, spare + 1, taken)
-        _check_rows_do_not_mix(base, stacked, leaves, shape, another, args, kwargs, suspects, **fields)
+        _check_rows_do_not_mix(base, stacked, n, leaves, shape, another, args, kwargs, suspects, **fields)
     return _unfold_outputs(n, shape.batch, spare, out)
 
 
@@ -176,6 +183,7 @@ def _spare_rows(n: int, batch: int, least: int, lengths: set[int]) -> int:
 def _run_rows(
     base: Base,
     stacked: Finetuned,
+    n: int,
     leaves: Params,
     shape: _InputShape,
     spare: int,
@@ -183,10 +191,9 @@ def _run_rows(
     kwargs: dict[str, Any],
     **fields: Any,
 ) -> Any:
-    assert stacked.stack_size is not None
     args, kwargs = torch_pytree.tree_map(lambda leaf: _fold_input(leaf, spare), (args, kwargs))
-    rows = stacked.stack_size * (shape.batch + spare)
-    with base.skeleton.calling(stack=stacked.stack_size, rows=rows, inputs=shape.inputs, **fields) as (module, call):
+    rows = n * (shape.batch + spare)
+    with base.skeleton.calling(stack=n, rows=rows, inputs=shape.inputs, **fields) as (module, call):
         kwargs = _with_causal_mask(base, module, call, args, kwargs)
         out = _call(base, module, call, dict(leaves), args, kwargs)
         _check_plain_layers_ran(stacked, call)
@@ -390,6 +397,7 @@ def _axes_like_rows(out: Any, rows: int) -> set[str]:
 def _check_rows_do_not_mix(
     base: Base,
     stacked: Finetuned,
+    n: int,
     leaves: Params,
     shape: _InputShape,
     spare: int,
@@ -402,10 +410,9 @@ def _check_rows_do_not_mix(
 
     A width that happens to equal the number of rows stays as it is when there is one row more.
     """
-    assert stacked.stack_size is not None
     with torch.no_grad():
-        again = _run_rows(base, stacked, leaves, shape, spare, args, kwargs, **fields)
-    mixing = suspects & _axes_like_rows(again, stacked.stack_size * (shape.batch + spare))
+        again = _run_rows(base, stacked, n, leaves, shape, spare, args, kwargs, **fields)
+    mixing = suspects & _axes_like_rows(again, n * (shape.batch + spare))
     if mixing:
         raise ValueError(
             f"apply_stacked: output {sorted(mixing)[0]} compares the rows of the call with one another, those of other "

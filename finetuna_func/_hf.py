@@ -6,8 +6,10 @@ Classes are named, not imported, so that transformers is loaded only by those wh
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -316,6 +318,52 @@ def causal_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     length = ids.shape[1]
     return torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()[None, None]
+
+
+# Families whose rows never meet: a row of a batch comes out the same whatever the others are. That is said of those
+# that the conformance suite runs; a model may well send tokens where there is room (NLLB-MoE), clamp all rows if one
+# has an infinite number (T5, BART, in float16), or ask of a mask how many rows there are (Mamba).
+_ROWS_APART = frozenset(
+    """
+    albert bert bloom cohere deepseek_v3 distilbert electra falcon gemma gemma2 gemma3 glm glm4 glm4_moe gpt2
+    gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe helium llama llama4 mistral mixtral modernbert mpt
+    olmo olmo2 olmoe opt phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta smollm3 stablelm starcoder2 xglm
+    """.split()
+)
+_ROWS_OF_INPUTS: dict[str, tuple[int, ...]] = {
+    "input_ids": (2,),
+    "inputs_embeds": (3,),
+    "attention_mask": (2, 4),
+    "position_ids": (2,),
+    "token_type_ids": (2,),
+}
+_HARMLESS = {"return_dict", "output_hidden_states", "logits_to_keep"}
+
+
+def keeps_rows_apart(model: nn.Module) -> bool:
+    """Returns whether a model surely computes each row of a batch by itself: a known one, with no code of others."""
+    package, _, family = type(model).__module__.rpartition(".")[0].rpartition(".")
+    if package != _MODELS or family not in _ROWS_APART:
+        return False
+    roots = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    first = list(inspect.signature(type(model).forward).parameters)[1]
+    return roots <= {"torch", "transformers", __package__} and first == "input_ids"
+
+
+def is_divided_by_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether all inputs of such a model surely have its rows as their first axis, and none is its state."""
+    if len(args) > 1 or (args and "input_ids" in kwargs):
+        return False
+    inputs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
+    batches = set()
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            if value.ndim not in _ROWS_OF_INPUTS.get(name, ()):
+                return False
+            batches.add(value.shape[0])
+        elif value is not None and value is not False and not (name in _HARMLESS and isinstance(value, int)):
+            return False
+    return len(batches) == 1 and 0 not in batches
 
 
 def records_inside_blocks() -> bool:

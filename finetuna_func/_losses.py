@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from finetuna_func._blocks import compiled
 from finetuna_func._body import with_hidden_states
+from finetuna_func._fold import fold
 from finetuna_func._functional import Blocks, bind, check_blocks, check_types, is_stack, keys_of_stack, run, run_stacked
 from finetuna_func._layers import Call
 from finetuna_func._remat import remat as rematerialized
@@ -78,35 +79,40 @@ def causal_lm_loss(
         torch.Size([2])
     """
     check_types("causal_lm_loss", base, tuned, rng)
-    stacked = is_stack(base, tuned)
-    n = tuned.stack_size if stacked and tuned is not None else None
+    n = tuned.stack_size if tuned is not None and is_stack(base, tuned) else None
     _check_inputs(n, input_ids, labels, attention_mask, reduction, chunk_tokens)
-    targets = _targets(input_ids, labels, attention_mask, ignore_index)
     if n is not None:
         rng = keys_of_stack("causal_lm_loss", n, rng)
     fields = check_blocks("causal_lm_loss", base, remat, compile)
-    leaves = bind(base, tuned, train=train, rng=rng)
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask
-    inputs = {"input_ids": input_ids, **kwargs}
     part = "all" if base.skeleton.body is None else "body"
-    if n is None:
-        out = run(base, leaves, (), inputs, part=part, **fields)
-    else:
-        assert tuned is not None
-        out = run_stacked(base, tuned, leaves, (), inputs, part=part, **fields)
-    if part == "all":
-        losses = _cross_entropy(_logits(out), targets, ignore_index)
-        total = losses.sum((-2, -1))
-    else:
-        hidden, kind = out
-        own = (base, leaves, hidden, kind, targets, n, ignore_index, chunk_tokens, fields["compile"])
-        losses = total = _losses_in_pieces(*own, summed=reduction != "none")
-    if reduction == "none":
-        return losses[..., :-1]
-    if reduction == "sum":
-        return total
-    return total / (targets != ignore_index).sum((-2, -1)).clamp(min=1)
+
+    def compute(n: int | None, tuned: Finetuned | None, rng: Tensor | None, inputs: Any) -> Tensor:
+        of_model, labels = inputs
+        targets = _targets(of_model["input_ids"], labels, of_model.get("attention_mask"), ignore_index)
+        leaves = bind(base, tuned, train=train, rng=rng)
+        if n is None or tuned is None:
+            out = run(base, leaves, (), of_model, part=part, **fields)
+        else:
+            out = run_stacked(base, tuned, n, leaves, (), of_model, part=part, **fields)
+        if part == "all":
+            losses = _cross_entropy(_logits(out), targets, ignore_index)
+            total = losses.sum((-2, -1))
+        else:
+            hidden, kind = out
+            own = (base, leaves, hidden, kind, targets, n, ignore_index, chunk_tokens, fields["compile"])
+            losses = total = _losses_in_pieces(*own, summed=reduction != "none")
+        if reduction == "none":
+            return losses[..., :-1]
+        if reduction == "sum":
+            return total
+        return total / (targets != ignore_index).sum((-2, -1)).clamp(min=1)
+
+    of_model = {"input_ids": input_ids, **kwargs}
+    if n is not None:
+        return compute(n, tuned, rng, (of_model, labels))
+    return fold("causal_lm_loss", compute, base, tuned, rng, (of_model, labels), ((), of_model))
 
 
 def _losses_in_pieces(

@@ -32,6 +32,7 @@ from finetuna_func._hf import (
     cap_scores,
     has_shared_bias,
     has_unmapped_root,
+    keeps_rows_apart,
     layers_with_folded_rows,
     leave_weights_alone,
     switch_off_warnings,
@@ -99,7 +100,9 @@ class Skeleton:
         dropouts: Paths of ``nn.Dropout`` layers with a positive rate.
         default_scheme: The 8-bit format for layers quantized later.
         packings: How the user's packed parameters are put together again.
+        rows_apart: Whether the model surely computes each row of a batch by itself.
         reads: Layers whose weight the model computes with itself, by kind of call; noted at the first.
+        unfolded: Kinds of calls that turned out to have no stacked form; see `_fold.fold`.
     """
 
     def __init__(
@@ -175,7 +178,9 @@ class Skeleton:
         self._module._ft_call = call  # type: ignore[assignment]
         self._within: Context = nullcontext
         self._local = threading.local()
+        self.rows_apart = keeps_rows_apart(model)
         self.reads: dict[Hashable, frozenset[str]] = {}
+        self.unfolded: set[Hashable] = set()
 
     def __repr__(self) -> str:
         return f"Skeleton({self.name}, {len(self.layers)} layers)"
