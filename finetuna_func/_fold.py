@@ -8,7 +8,6 @@ the ``vmap`` is then plain autograd's, of the stacked call, and any other that o
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -233,6 +232,6 @@ def _pull(tape: _Tape, used: list[int], *operands: Tensor) -> tuple[Tensor, ...]
 
 def _with_leading_axis(n: int, tensors: Iterable[Tensor], dims: Iterable[int | None]) -> list[Tensor]:
     return [
-        tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0) if dim else tensor
         for tensor, dim in zip(tensors, dims, strict=True)
     ]
