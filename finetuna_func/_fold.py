@@ -53,9 +53,11 @@ def fold(
         inputs: A pytree.
         of_model: The arguments among ``inputs`` that the model gets.
     """
-    kind = (function, len(of_model[0]), frozenset(of_model[1]), frozenset(tuned.params if tuned is not None else ()))
     level = None if tuned is None else _level(base, tuned, rng, inputs, of_model)
-    if tuned is None or level is None or kind in base.skeleton.unfolded:
+    if tuned is None or level is None:
+        return compute(None, tuned, rng, inputs)
+    kind = (function, len(of_model[0]), frozenset(of_model[1]), frozenset(tuned.params))
+    if kind in base.skeleton.unfolded:
         return compute(None, tuned, rng, inputs)
     try:
         return _folded(compute, level, tuned, rng, inputs)
@@ -103,7 +105,8 @@ def _folded(compute: Compute, level: int, tuned: Finetuned, rng: Tensor | None, 
         structure[:] = [out_spec, [None if isinstance(leaf, Tensor) else (leaf,) for leaf in out_leaves]]
         return tuple(leaf for leaf in out_leaves if isinstance(leaf, Tensor))
 
-    wanted = [i for i, tensor in enumerate(given) if without_gradient(tensor) is not tensor and tensor.requires_grad]
+    tracked = [without_gradient(tensor) is not tensor and tensor.requires_grad for tensor in given]
+    wanted = [i for i, own in enumerate(tracked) if own and torch.is_grad_enabled()]
     found = iter(_Fold.apply(_Tape(of_tensors, level, wanted), *given))
     out_spec, around = structure
     return torch_pytree.tree_unflatten([next(found) if leaf is None else leaf[0] for leaf in around], out_spec)
@@ -126,6 +129,12 @@ class _Tape:
     wanted: list[int]
     inputs: list[Tensor] = field(default_factory=list)
     outputs: tuple[Tensor, ...] = ()
+
+    def take(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Returns both ends of the record, which serves once, so that it is given up as it is read."""
+        ends = self.inputs, self.outputs
+        self.inputs, self.outputs = [], ()
+        return ends
 
 
 class _Fold(torch.autograd.Function):
@@ -151,14 +160,15 @@ class _Fold(torch.autograd.Function):
         if used:
             operands = (*tensors, *(cotangent for cotangent in cotangents if cotangent is not None))
             active = only_vmap()
-            recorded = active is not None and active[0] == tape.level and not is_differentiated_outside(operands)
-            found = _Pull.apply(tape, used, *operands) if recorded else _pull(tape, used, *operands)
+            same = active is not None and active[0] == tape.level and not is_differentiated_outside(operands)
+            found = _Pull.apply(tape, used, *operands) if tape.outputs and same else _pull(tape, used, *operands)
             for i, grad in zip(tape.wanted, found, strict=True):
                 grads[i] = grad
         return None, *grads
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], tape: _Tape, *tensors: Tensor) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        tape, *tensors = args
         stacked = _with_leading_axis(info.batch_size, tensors, in_dims[1:])
         if not tape.wanted:
             out = tape.function(info.batch_size, *stacked)
@@ -202,17 +212,15 @@ class _Pull(torch.autograd.Function):
         return None, None, *grads
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], tape: _Tape, used: list[int], *operands: Tensor) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        tape, used, *operands = args
         cotangents = _with_leading_axis(info.batch_size, operands[-len(used) :], in_dims[-len(used) :])
-        pairs = [
-            (tape.outputs[i], own) for i, own in zip(used, cotangents, strict=True) if tape.outputs[i].requires_grad
-        ]
+        inputs, outputs = tape.take()
+        pairs = [(outputs[i], own) for i, own in zip(used, cotangents, strict=True) if outputs[i].requires_grad]
         if not pairs:
-            return tuple(torch.zeros_like(own) for own in tape.inputs), (0,) * len(tape.inputs)
-        outputs, given = zip(*pairs, strict=True)
-        found = torch.autograd.grad(
-            outputs, tape.inputs, given, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+            return tuple(torch.zeros_like(own) for own in inputs), (0,) * len(inputs)
+        ends, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(ends, inputs, given, allow_unused=True, materialize_grads=True)
         return found, (0,) * len(found)
 
 

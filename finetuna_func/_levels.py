@@ -30,7 +30,7 @@ def only_vmap() -> tuple[int, bool] | None:
     """
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
         return None
-    levels = get_interpreter_stack() or ()
+    levels = get_interpreter_stack() or []
     kinds = [level.key() for level in levels]
     if kinds not in ([TransformType.Vmap], [TransformType.Vmap, TransformType.Grad]):
         return None
