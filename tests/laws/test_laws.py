@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import tempfile
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils._pytree as torch_pytree
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import (
@@ -17,6 +19,8 @@ from models import (
     assert_same_finetune,
     assert_trees_equal,
     assert_unchanged,
+    bert,
+    gpt2,
     gradients_by_autograd,
     randomized,
     relative_error,
@@ -516,6 +520,82 @@ def test_k_stacked_steps_are_k_separate_steps(case, steps, kind):
             if name.endswith("lora_a"):
                 assert not a[i, leaf.shape[0] :].any()  # the padding is still exactly zero
         assert any(not torch.equal(leaf, tuned.params[name]) for name, leaf in one.params.items())
+
+
+# --- folding
+
+
+@functools.cache
+def language_model(family: str) -> ft.Base:
+    return ft.quantize_base_model({"gpt2": gpt2, "bert": bert}[family]().double())
+
+
+@st.composite
+def finetuned_language_models(draw) -> tuple[ft.Base, list[Finetuned], Tensor, dict[str, Tensor], Tensor]:
+    """A base, finetunes of several kinds, ids ``(N, B, T)``, perhaps masks like them, and a key each."""
+    base = language_model(draw(st.sampled_from(["gpt2", "bert"])))
+    n, batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(2, 8))
+    seed = draw(st.integers(0, 2**31 - 1))
+    generator = torch.Generator().manual_seed(seed)
+    dora = draw(st.booleans())
+    adapted = draw(st.sampled_from([None, {"c_attn", "c_fc"} if base.skeleton.name.startswith("GPT2") else {"query"}]))
+    tuned = [
+        ft.new_finetuned(
+            base,
+            adapt_layers=adapted,
+            linear_config=LinearAdapterConfig(
+                r=draw(st.integers(1, 4)), dropout=draw(st.sampled_from([0, 0.3])), dora=dora
+            ),
+        )
+        for _ in range(n)
+    ]
+    ids = torch.randint(0, 32, (n, batch, length), generator=generator)
+    hidden = torch.randint(0, length, (n, batch, 1), generator=generator)
+    mask = (torch.arange(length) >= hidden).long() if draw(st.booleans()) else None
+    inputs = {} if mask is None else {"attention_mask": mask}
+    keys = ft.random.split(ft.random.key(seed), n)
+    return base, [randomized(t, seed + i) for i, t in enumerate(tuned)], ids, inputs, keys
+
+
+@few
+@given(finetuned_language_models())
+def test_a_mapped_language_model_is_the_loop_is_the_stacked_one(case):
+    """Values and gradients, by every route; of positions that are not padding, whose numbers nobody promises."""
+    base, tuned, ids, inputs, keys = case
+    stacked = ft.stack(tuned)
+    real = inputs.get("attention_mask", torch.ones_like(ids))
+
+    def loss(tuned: Finetuned, ids: Tensor, inputs: dict[str, Tensor], real: Tensor, key: Tensor) -> Tensor:
+        run = ft.apply if key.ndim == 0 else ft.apply_stacked
+        out = run(base, tuned, input_ids=ids, **inputs, train=True, rng=key)["logits"]
+        return (out.sin() * real.unsqueeze(-1)).sum((-3, -2, -1))
+
+    given = (ids, inputs, real, keys)
+    routes = (
+        ft.stacked_value_and_grad(loss)(stacked, *given),
+        ft.stacked_value_and_grad(loss, in_dims=(0, 0, 0, 0, 0))(stacked, *given),
+        vmap(ft.value_and_grad(loss))(stacked, *given),
+    )
+    assert base.skeleton.rows_apart and not base.skeleton.unfolded
+    for i, one in enumerate(tuned):
+        own = torch_pytree.tree_map(lambda leaf: leaf[i], given)  # noqa: B023
+        value, grads = ft.value_and_grad(loss)(one, *own)
+        size = max(float(g.abs().max()) for g in grads.values())
+        for values, found in routes:
+            assert abs(values[i] - value) <= 1e-9
+            for name, g in grads.items():
+                mine = found[name][i]
+                if g.shape != mine.shape:  # of a lower rank than another's
+                    mine = mine[: g.shape[0]] if name.endswith("lora_a") else mine[:, : g.shape[1]]
+                assert (mine - g).abs().max() <= 1e-9 * size
+        if ids.numel() > len(tuned):
+            assert abs(value - ft.value_and_grad(loss)(one, own[0], *own[1:3], own[3] + 1)[0]) > 1e-9 or not dropped(
+                one
+            )
+
+
+def dropped(tuned: Finetuned) -> bool:
+    return any(float(leaf) > 0 for name, leaf in tuned.consts.items() if name.endswith("lora_dropout"))
 
 
 # --- purity
