@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, unwrap_if_dead  # type: ignore[import-not-found]
 
 from finetuna_func._hf import is_divided_by_rows
-from finetuna_func._levels import is_differentiated_outside, is_mapped, only_vmap, without_gradient
+from finetuna_func._levels import is_mapped, is_recorded_outside, only_vmap, without_gradient
 from finetuna_func._types import Base, Finetuned
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def _level(base: Base, tuned: Finetuned, rng: Tensor | None, inputs: Any, of_mod
     if any(is_functorch_wrapped_tensor(leaf) for leaf in held) or not is_divided_by_rows(*of_model):
         return None
     tensors = [leaf for leaf in torch_pytree.tree_leaves((tuned, rng, inputs)) if isinstance(leaf, Tensor)]
-    if differentiated and (torch.is_inference_mode_enabled() or is_differentiated_outside([*held, *tensors])):
+    if differentiated and is_recorded_outside([*held, *tensors]):
         return None
     return level
 
@@ -160,7 +160,7 @@ class _Fold(torch.autograd.Function):
         if used:
             operands = (*tensors, *(cotangent for cotangent in cotangents if cotangent is not None))
             active = only_vmap()
-            same = active is not None and active[0] == tape.level and not is_differentiated_outside(operands)
+            same = active is not None and active[0] == tape.level and not is_recorded_outside(operands)
             found = _Pull.apply(tape, used, *operands) if tape.outputs and same else _pull(tape, used, *operands)
             for i, grad in zip(tape.wanted, found, strict=True):
                 grads[i] = grad
@@ -173,11 +173,13 @@ class _Fold(torch.autograd.Function):
         if not tape.wanted:
             out = tape.function(info.batch_size, *stacked)
             return out, (0,) * len(out)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             for i in tape.wanted:
                 stacked[i] = stacked[i].detach().requires_grad_()
             tape.inputs = [stacked[i] for i in tape.wanted]
             tape.outputs = tape.function(info.batch_size, *stacked)
+        if not any(out.requires_grad for out in tape.outputs):
+            raise RuntimeError("plain autograd records nothing")  # and zeros would be a wrong answer
         return tuple(out.detach() for out in tape.outputs), (0,) * len(tape.outputs)
 
 
@@ -220,7 +222,8 @@ class _Pull(torch.autograd.Function):
         if not pairs:
             return tuple(torch.zeros_like(own) for own in inputs), (0,) * len(inputs)
         ends, given = zip(*pairs, strict=True)
-        found = torch.autograd.grad(ends, inputs, given, allow_unused=True, materialize_grads=True)
+        with torch.inference_mode(False):
+            found = torch.autograd.grad(ends, inputs, given, allow_unused=True, materialize_grads=True)
         return found, (0,) * len(found)
 
 

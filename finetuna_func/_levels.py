@@ -50,12 +50,12 @@ def is_mapped(tensor: Tensor, level: int) -> bool:
     return is_batchedtensor(tensor) and maybe_get_level(tensor) == level
 
 
-def is_differentiated_outside(tensors: Iterable[Tensor]) -> bool:
-    """Whether plain autograd, outside of all transforms, records what happens to one of these tensors."""
+def is_recorded_outside(tensors: Iterable[Tensor]) -> bool:
+    """Whether plain autograd, outside of all transforms, records what happens to one of these tensors, or never may."""
 
     def innermost(tensor: Tensor) -> Tensor:
         while is_functorch_wrapped_tensor(tensor):
             tensor = get_unwrapped(tensor)
         return tensor
 
-    return any(innermost(tensor).requires_grad for tensor in tensors)
+    return any(own.requires_grad or own.is_inference() for own in map(innermost, tensors))

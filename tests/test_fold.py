@@ -352,6 +352,21 @@ def test_every_other_derivative(fused: ft.Base, eager: ft.Base, order: str, kind
     assert_same(vmap(run(fused))(params, IDS), loop(run(eager), params, IDS), 10 * EXACT)
 
 
+@pytest.mark.parametrize("made", ["before", "inside"])
+def test_in_inference_mode(exact: ft.Base, made: str, stacks: Stacks):
+    """Right as ever; tensors made there, which plain autograd refuses, are mapped."""
+    tuned = ft.stack(finetunes(exact, N))
+    run = vmap(ft.value_and_grad(loss_of(exact)))
+    expected = run(tuned, IDS)
+    stacks.clear()
+    with torch.inference_mode():
+        given = tuned if made == "before" else tuned.replace(params={k: v.clone() for k, v in tuned.params.items()})
+        found = run(given, IDS)
+        assert stacks.folded == (made == "before")
+        assert_same(vmap(loss_of(exact))(given, IDS), expected[0], EXACT)
+    assert_same(found, expected, EXACT if made == "before" else 1e-6)  # eager attention takes its softmax in float32
+
+
 OUTSIDE: dict[str, Callable[[Any, Any], Any]] = {
     "grad": lambda f, p: grad(lambda p: vmap(f)(p, IDS).sin().sum())(p),
     "jvp": lambda f, p: jvp(lambda p: vmap(f)(p, IDS), (p,), (p,))[1],
@@ -484,12 +499,8 @@ def test_what_fails_once_is_not_tried_again(stacks: Stacks):
 
 def test_an_input_at_fault_is_told_of_and_forgotten(base: ft.Base, stacks: Stacks):
     tuned = ft.stack(finetunes(base, N))
-    for wrong, error, message in [
-        (IDS + 100, (IndexError, RuntimeError), "out of range|dimension|index"),
-        (IDS.float(), (RuntimeError, TypeError, ValueError), ""),
-        (IDS[:, :0], Exception, ""),
-    ]:
-        with pytest.raises(error, match=message):
+    for wrong in (IDS + 100, IDS.float()):
+        with pytest.raises((IndexError, RuntimeError), match="out of range|index|Long"):
             vmap(loss_of(base))(tuned, wrong)
     assert not base.skeleton.unfolded
     stacks.clear()
