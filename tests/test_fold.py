@@ -500,7 +500,7 @@ def test_what_fails_once_is_not_tried_again(stacks: Stacks):
 def test_an_input_at_fault_is_told_of_and_forgotten(base: ft.Base, stacks: Stacks):
     tuned = ft.stack(finetunes(base, N))
     for wrong in (IDS + 100, IDS.float()):
-        with pytest.raises((IndexError, RuntimeError), match="out of range|index|Long"):
+        with pytest.raises((IndexError, RuntimeError), match=r"out of range|index|Long"):
             vmap(loss_of(base))(tuned, wrong)
     assert not base.skeleton.unfolded
     stacks.clear()
