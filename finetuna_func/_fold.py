@@ -3,7 +3,7 @@
 Under ``torch.func.vmap`` over finetunes, ``apply`` computes what ``apply_stacked`` does, operation by mapped operation:
 more kernels, more memory, without fused attention and compiled blocks. Where the two are surely the same function, the
 rule of ``vmap`` for the whole call, stated here, is the stacked call on the tensors beneath. A first derivative inside
-the ``vmap`` is then plain autograd's, of the stacked call, and any other that of the mapped one.
+the ``vmap`` is then that of the stacked call, by plain autograd, and any other that of the mapped call.
 """
 
 from __future__ import annotations
@@ -79,11 +79,10 @@ def _level(base: Base, tuned: Finetuned, rng: Tensor | None, inputs: Any, of_mod
     level, differentiated = active
     if not tuned.params or not all(is_mapped(leaf, level) for leaf in tuned.params.values()):
         return None
-    held = [*base.params.values(), *(leaf for own in base.derived.values() for leaf in own.values())]
-    if any(is_functorch_wrapped_tensor(leaf) for leaf in held) or not is_divided_by_rows(*of_model):
+    if any(is_functorch_wrapped_tensor(leaf) for leaf in base.params.values()) or not is_divided_by_rows(*of_model):
         return None
     tensors = [leaf for leaf in torch_pytree.tree_leaves((tuned, rng, inputs)) if isinstance(leaf, Tensor)]
-    if differentiated and is_recorded_outside([*held, *tensors]):
+    if differentiated and is_recorded_outside([*base.params.values(), *tensors]):
         return None
     return level
 
@@ -206,10 +205,9 @@ class _Pull(torch.autograd.Function):
                 filled[i] = tensor
             return _pull(ctx.tape, ctx.used, *filled)
 
+        found = torch.func.vjp(of_wanted, *(operands[i] for i in wanted))[1](cotangents)
         grads: list[Tensor | None] = [None] * len(operands)
-        for i, grad in zip(
-            wanted, torch.func.vjp(of_wanted, *(operands[i] for i in wanted))[1](cotangents), strict=True
-        ):
+        for i, grad in zip(wanted, found, strict=True):
             grads[i] = grad
         return None, None, *grads
 

@@ -344,8 +344,8 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     if package != _MODELS or family not in _ROWS_APART.split():
         return False
     roots = {type(module).__module__.partition(".")[0] for module in model.modules()}
-    first = list(inspect.signature(type(model).forward).parameters)[1]
-    return roots <= {"torch", "transformers", __package__} and first == "input_ids"
+    first = list(inspect.signature(type(model).forward).parameters)[:2]
+    return roots <= {"torch", "transformers", __package__} and first == ["self", "input_ids"]
 
 
 def is_divided_by_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -87,9 +87,9 @@ def stacked_value_and_grad(
     ``ft.random.split(key, N)``.
 
     Args:
-        loss_fn: With ``in_dims=None``, a function of the whole stack that returns losses ``(N,)``
-            (through `apply_stacked`: the fastest route). Otherwise a function of one finetune that
-            returns a scalar, which is mapped.
+        loss_fn: With ``in_dims=None``, a function of the whole stack that returns losses ``(N,)``,
+            through `apply_stacked`. Otherwise a function of one finetune that returns a scalar, which is mapped;
+            as fast where `apply` says that it is one stacked call then.
         in_dims: As for ``torch.func.vmap``: one entry per positional argument, 0 for the stack and
             for what differs between finetunes, ``None`` for what they share.
         has_aux: Whether ``loss_fn`` returns ``(loss, aux)``. With ``chunk_size``, tensors in ``aux``

@@ -145,6 +145,10 @@ INPUTS: dict[str, tuple[Any, Any]] = {  # keyword inputs of N finetunes, and wha
         {"input_ids": IDS, "position_ids": torch.arange(T).flip(0).expand(N, B, T)},
         {"input_ids": 0, "position_ids": 0},
     ),
+    "packed": (  # two texts in some rows, in others one
+        {"input_ids": IDS, "position_ids": torch.tensor([[[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]]).expand(N, B, T)},
+        {"input_ids": 0, "position_ids": 0},
+    ),
     "hidden states": ({"input_ids": IDS, "output_hidden_states": True}, {"input_ids": 0, "output_hidden_states": None}),
 }
 
@@ -154,8 +158,6 @@ INPUTS: dict[str, tuple[Any, Any]] = {  # keyword inputs of N finetunes, and wha
 def test_vmap_is_the_loop(make: Callable[[], nn.Module], inputs: str, stacks: Stacks):
     base = ft.quantize_base_model(make())
     given, dims = INPUTS[inputs]
-    if make is opt and inputs == "positions":
-        given = {**given, "position_ids": given["position_ids"] + 0}  # its own offset is added by the model
     tuned = ft.stack(finetunes(base, N))
 
     def run(tuned: ft.Finetuned, given: dict[str, Any]) -> Any:
@@ -642,7 +644,7 @@ def test_the_cost_is_that_of_a_stack(kind: str, unfolded: Callable[..., Any]):
     assert raw[0] <= 1.05 * folded[0] and raw[1] <= (1.02 if kind == "loss" else 1.3) * folded[1]
 
     before = unfolded(cost, lambda: ft.stacked_value_and_grad(one, in_dims=(0, 0))(tuned, ids))
-    assert before[0] > 1.3 * folded[0] and before[1] > 1.2 * folded[1]
+    assert before[0] > 1.3 * folded[0] and before[1] > 1.1 * folded[1]
     before = unfolded(cost, lambda: vmap(ft.value_and_grad(one))(tuned, ids))
     assert before[0] > 1.5 * folded[0] and before[1] > 2 * folded[1]
 
@@ -686,7 +688,7 @@ def test_compiled_blocks(route: str, kind: str, graphs: Callable[[], int]):
     expected = run()
     assert graphs() == 0
     found = run(compile="blocks")
-    assert graphs() == (1 if kind == "apply" else 3)  # a block; and the head, once with gradients and once without
+    assert graphs() == (1 if kind == "apply" else 2)  # a block; and the head
     assert_same(found, expected, FP32)
 
 
