@@ -82,7 +82,7 @@ def _level(base: Base, tuned: Finetuned, rng: Tensor | None, inputs: Any, of_mod
     if any(is_functorch_wrapped_tensor(leaf) for leaf in base.params.values()) or not is_divided_by_rows(*of_model):
         return None
     tensors = [leaf for leaf in torch_pytree.tree_leaves((tuned, rng, inputs)) if isinstance(leaf, Tensor)]
-    if differentiated and is_recorded_outside([*base.params.values(), *tensors]):
+    if differentiated and (torch.is_inference_mode_enabled() or is_recorded_outside([*base.params.values(), *tensors])):
         return None
     return level
 
