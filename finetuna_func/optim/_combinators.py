@@ -176,8 +176,8 @@ def flatten(tx: GradientTransformation) -> Flattened:
     (``masked(flatten(tx), filter)`` is what is meant), and `scale_by_adam8bit`, whose blocks may then span leaves
     (never adapters), and which keeps small leaves in 8 bits too. Use it outermost.
 
-    Each leaf begins at a multiple of 16 numbers; what fills the gaps is zero in gradients and params, and must stay so
-    in updates. Temporaries are as large as a flat leaf, where many leaves are computed in parts.
+    Temporaries are as large as a flat leaf, where many leaves are computed in parts; and a leaf of the new params keeps
+    all of them in memory, as a view does.
 
     Args:
         tx: The inner transformation.
@@ -193,7 +193,7 @@ def flatten(tx: GradientTransformation) -> Flattened:
         >>> tx = ft.optim.flatten(ft.optim.trace(0.5))
         >>> updates, state = tx.update(params, tx.init(params))
         >>> [leaf.shape for leaf in state.inner.trace.values()], updates["a"].shape
-        ([torch.Size([32])], torch.Size([2, 3]))
+        ([torch.Size([22])], torch.Size([2, 3]))
     """
 
     def init(params: Tree) -> FlattenState:

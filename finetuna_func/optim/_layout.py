@@ -19,18 +19,17 @@ from torch import Tensor, nn
 from finetuna_func._levels import inside_transform
 from finetuna_func._types import Params
 
-_ALIGNMENT = 16  # numbers at which every leaf begins, since kernels are slower on badly aligned matrices
+_ALIGNMENT = 16  # leaves of a multiple of so many numbers come first, since kernels are slower on badly aligned ones
 
 
 class Place(NamedTuple):
-    """Where a leaf lies in a row of its buffer: its numbers, and zeros up to where the next one begins."""
+    """Where a leaf lies in a row of its buffer, next to the one before."""
 
     name: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
     size: int
-    filling: int
 
 
 class Buffer(NamedTuple):
@@ -65,10 +64,9 @@ class Layout:
         """Returns the leaves, names sorted: views of the flat ones."""
         leaves: dict[str, Tensor] = {}
         for buffer in self.buffers:
-            parts = flat[buffer.name].split([place.size + place.filling for place in buffer.places], dim=-1)
+            parts = flat[buffer.name].split([place.size for place in buffer.places], dim=-1)
             for place, part in zip(buffer.places, parts, strict=True):
-                numbers = part[..., : place.size] if place.filling else part
-                leaves[place.name] = numbers.reshape(place.shape)
+                leaves[place.name] = part.reshape(place.shape)
         return {name: leaves[name] for name in sorted(leaves)}
 
     @property
@@ -79,15 +77,7 @@ class Layout:
         lying = self._lying(buffer, tree)
         if lying is not None:
             return lying
-        zeros: Tensor | None = None
-        parts: list[Tensor] = []
-        for place in buffer.places:
-            leaf = tree[place.name]
-            parts.append(leaf.reshape(*self._lead, place.size))
-            if place.filling:
-                zeros = leaf.new_zeros(*self._lead, _ALIGNMENT) if zeros is None else zeros
-                parts.append(zeros[..., : place.filling])
-        return torch.cat(parts, dim=-1)
+        return torch.cat([tree[place.name].reshape(*self._lead, place.size) for place in buffer.places], dim=-1)
 
     def _lying(self, buffer: Buffer, tree: Params) -> Tensor | None:
         """Returns the flat leaf that the leaves of a buffer are views of, in their places; None if they are not."""
@@ -137,10 +127,9 @@ def layout_of(where: str, tree: Params, size: int | None) -> Layout:
                     f"for each adapter of the stack of {size} that init was given."
                 )
     kinds = tuple((name, tuple(tree[name].shape), tree[name].dtype, tree[name].device) for name in sorted(tree))
-    return _layout(kinds, size)
+    return _layout(kinds, size) if torch.compiler.is_compiling() else _cached_layout(kinds, size)
 
 
-@functools.lru_cache(maxsize=32)
 def _layout(kinds: tuple[tuple[Any, ...], ...], size: int | None) -> Layout:
     groups: dict[Any, list[tuple[str, tuple[int, ...]]]] = {}
     for name, shape, dtype, device in kinds:
@@ -148,16 +137,22 @@ def _layout(kinds: tuple[tuple[Any, ...], ...], size: int | None) -> Layout:
     return Layout(size, tuple(_buffer(leaves, size) for leaves in groups.values()))
 
 
+_cached_layout = functools.lru_cache(maxsize=32)(_layout)
+
+
 def _buffer(leaves: list[tuple[str, tuple[int, ...]]], size: int | None) -> Buffer:
-    own = [shape if size is None else shape[1:] for _, shape in leaves]
-    sizes = [math.prod(shape) for shape in own]
-    fillings = [-numbers % _ALIGNMENT for numbers in sizes]
-    length = sum(sizes) + sum(fillings)
+    own = [(name, shape, shape if size is None else shape[1:]) for name, shape in leaves]
+    own.sort(key=lambda leaf: math.prod(leaf[2]) % _ALIGNMENT != 0)
+    length = sum(math.prod(one) for _, _, one in own)
     places, offset = [], 0
-    for (name, shape), one, numbers, filling in zip(leaves, own, sizes, fillings, strict=True):
+    for name, shape, one in own:
         strides = tuple(math.prod(one[axis + 1 :]) for axis in range(len(one)))
-        places.append(Place(name, shape, strides if size is None else (length, *strides), offset, numbers, filling))
-        offset += numbers + filling
-    # The name says what lies there, so that a state of other leaves is found out by it.
-    digest = zlib.crc32(repr([(name, shape) for (name, _), shape in zip(leaves, own, strict=True)]).encode())
-    return Buffer(f"{len(leaves)} leaves {digest:08x}", length, tuple(places))
+        places.append(Place(name, shape, strides if size is None else (length, *strides), offset, math.prod(one)))
+        offset += math.prod(one)
+    return Buffer(_name_of(tuple(name for name, *_ in own), tuple(one for *_, one in own)), length, tuple(places))
+
+
+@torch.compiler.assume_constant_result
+def _name_of(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str:
+    """Returns a name that says what lies in a buffer, so that a state of other leaves is found out by it."""
+    return f"{len(names)} leaves {zlib.crc32(repr((names, shapes)).encode()):08x}"
