@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 from finetuna_func._filters import join_name
@@ -125,8 +126,9 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
         before = call.enter(state)
         try:
             run = compiled(block.representative, _call) if compile else _call
+            given = alike(leaves, args, kwargs) if compile else (leaves, args, kwargs)
             with call.within():
-                out = run(block.representative, call, call.rows, call.inputs, leaves, args, kwargs)
+                out = run(block.representative, call, call.rows, call.inputs, *given)
                 return out, (call.seen, call.draws)
         finally:
             call.restore(before)
@@ -148,6 +150,31 @@ def _call(
 ) -> Any:
     call.rows, call.inputs = rows, inputs  # as they were; but the compiler takes arguments for symbols, not attributes
     return torch.func.functional_call(module, leaves, args, kwargs, tie_weights=False)
+
+
+def alike(
+    leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], tuple[Any, ...], dict[str, Any]]:
+    """Returns the inputs of a function to be compiled, such that other blocks and calls need no graph of their own.
+
+    The compiler makes one for each pattern of what needs a derivative. Where nothing gets one, in evaluation and the
+    forward pass of what is computed again, nothing needs one. And what comes into the first block, which does not
+    if the embedding is not trained, does as in all blocks after it; the price is two products in one block.
+    """
+    if inside_transform():
+        return leaves, args, kwargs
+    if not torch.is_grad_enabled():
+        return torch_pytree.tree_map(
+            lambda leaf: leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf,
+            (leaves, args, kwargs),
+        )
+    x = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(x, Tensor) or x.requires_grad or not x.is_floating_point() or x.is_inference():
+        return leaves, args, kwargs
+    if not any(leaf.requires_grad for leaf in leaves.values()):
+        return leaves, args, kwargs
+    x = x.detach().requires_grad_()
+    return (leaves, (x, *args[1:]), kwargs) if args else (leaves, args, {**kwargs, "hidden_states": x})
 
 
 def compiled(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:

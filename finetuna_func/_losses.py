@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetuna_func._blocks import compiled
+from finetuna_func._blocks import alike, compiled
 from finetuna_func._body import with_hidden_states
 from finetuna_func._functional import Blocks, bind, check_blocks, check_types, is_stack, keys_of_stack, run, run_stacked
 from finetuna_func._layers import Call
@@ -131,7 +131,10 @@ def _losses_in_pieces(
         rows = hidden.flatten(0, -2).unsqueeze(1)  # a row each, of one token
         before = call.begin(stack=n, rows=rows.shape[0], inputs=((1,),), part="head", body_output=kind)
         try:
-            run = compiled(module, _head_losses) if compile else _head_losses
+            run = _head_losses
+            if compile:
+                run = compiled(module, _head_losses)
+                leaves, (rows,), _ = alike(leaves, (rows,), {})
             return run(module, call, leaves, rows, targets, ignore_index)
         finally:
             call.restore(before)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
 import finetuna_func as ft
-from finetuna_func._blocks import block_paths
+from finetuna_func._blocks import alike, block_paths
 
 SAME, FP32 = 2e-6, 1e-5
 FAMILY = {family.name: family for family in FAMILIES}
@@ -577,6 +577,88 @@ def test_compiled_blocks(fresh_compiler: Any):
     expected = train(base, tuned, ids)
     unlike = torch_pytree.tree_map(lambda leaf: leaf.roll(1, 0), expected)
     assert_trees_close(found, expected, FP32, unlike=unlike)
+
+
+LAYERS = {SmallLm: {"fc"}, llama: {"q_proj", "down_proj"}}
+
+
+@pytest.mark.parametrize("make", [SmallLm, pytest.param(llama, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("remat", [None, "blocks"])
+def test_one_graph_whether_or_not_the_embedding_is_adapted(
+    remat: Any, stacked: bool, table: bool, make: Callable[[], nn.Module], fast_compiler: Any
+):
+    """Without, what comes into the first block needs no derivative, unlike what comes into the others.
+
+    Blocks computed again run without gradients as well, by the graph that evaluation uses.
+    """
+    base = ft.quantize_base_model(make())
+    layers = LAYERS[make] | ({"table" if make is SmallLm else "embed_tokens"} if table else set())
+    tuned, ids = finetunes(base, N, adapt_layers=layers, plain_layers=set()), ids_for(N, 2, 5)
+    each: Any = (ft.stack(tuned), ids) if stacked else (tuned[0], ids[0])
+    found = train(base, *each, compile="blocks", remat=remat)
+    assert graphs(fast_compiler) == (1 if remat is None else 2)
+    other = (each[0], ids_for(*each[1].shape, seed=1))
+    assert_trees_close(found, train(base, *each), FP32, unlike=train(base, *other))
+    with torch.no_grad():
+        apply = ft.apply_stacked if stacked else ft.apply
+        found, expected, unlike = (
+            leaves_of(apply(base, *inputs, **options))
+            for inputs, options in ((each, {"compile": "blocks"}), (each, {}), (other, {}))
+        )
+    assert_trees_close(found, expected, FP32, unlike=unlike)
+    assert graphs(fast_compiler) == 2
+    train(base, *each, compile="blocks", remat=remat)
+    assert graphs(fast_compiler) == 2
+
+
+@pytest.mark.parametrize("remat", [None, "blocks"])
+@pytest.mark.parametrize("make", [SmallLm, llama, gpt2_with_dropout])
+def test_what_blocks_are_given_changes_no_number(
+    make: Callable[[], nn.Module], remat: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Bit by bit, if the compiler does nothing; and what needs no derivative still needs none."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    base = ft.quantize_base_model(make())
+    layers = {"fc"} if make is SmallLm else {"q_proj"} if make is llama else {"c_fc"}
+    tuned, ids = finetunes(base, N, adapt_layers=layers, plain_layers=set()), ids_for(2, 5)
+    found = train(base, tuned[0], ids, compile="blocks", remat=remat)
+    expected = train(base, tuned[0], ids, remat=remat)
+    for a, e in zip(torch_pytree.tree_leaves(found), torch_pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(a, e)
+    assert not torch.equal(expected[0], train(base, tuned[1], ids, remat=remat)[0])
+    trained = tuned[0].replace(params={k: v.clone().requires_grad_() for k, v in tuned[0].params.items()})
+    for given, needed in ((None, False), (tuned[0], False), (trained, True)):
+        (out,) = leaves_of(ft.apply(base, given, ids, compile="blocks", remat=remat))
+        assert out.requires_grad == needed
+        with torch.no_grad():
+            (out,) = leaves_of(ft.apply(base, given, ids, compile="blocks", remat=remat))
+            assert not out.requires_grad
+    with torch.inference_mode():
+        ids = ids.clone()
+        ft.apply(base, trained, ids, compile="blocks", remat=remat)
+
+
+def test_what_needs_a_derivative():
+    x, flag, leaf = torch.ones(2), torch.ones(2, dtype=torch.long), torch.ones(1, requires_grad=True)
+    plain = {"w": torch.ones(1)}
+    for args, kwargs in (((x, 3), {}), ((), {"hidden_states": x, "other": x})):
+        (own, *rest) = [v for v in torch_pytree.tree_leaves(alike({"w": leaf}, args, kwargs)[1:])]
+        assert own.requires_grad and own.is_leaf and own.data_ptr() == x.data_ptr() and not x.requires_grad
+        assert all(not getattr(value, "requires_grad", False) for value in rest)
+        assert alike(plain, args, kwargs)[1:] == (args, kwargs)
+    assert alike({"w": leaf}, (flag, x), {})[1] == (flag, x)
+    assert alike({"w": leaf}, (), {"mask": x})[2] == {"mask": x}
+    assert alike({"w": leaf}, (leaf,), {})[1][0] is leaf
+    with torch.no_grad():
+        leaves, (y, number), kwargs = alike({"w": leaf}, (leaf * 1, 3), {"z": (leaf, x)})
+        assert not leaves["w"].requires_grad and not y.requires_grad and number == 3
+        assert not kwargs["z"][0].requires_grad and kwargs["z"][1] is x
+    with torch.inference_mode():
+        made_there = torch.ones(2)
+    assert alike({"w": leaf}, (made_there,), {})[1][0] is made_there
+    grad(lambda x: (alike({"w": leaf}, (x,), {})[1][0] is x) * x.sum())(x)
 
 
 @pytest.mark.parametrize("make", [SmallLm, pytest.param(llama, marks=pytest.mark.slow)])
