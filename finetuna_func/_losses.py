@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetuna_func._blocks import alike, compiled
+from finetuna_func._blocks import alike, can_compile, compiled
 from finetuna_func._body import with_hidden_states
 from finetuna_func._functional import Blocks, bind, check_blocks, check_types, is_stack, keys_of_stack, run, run_stacked
 from finetuna_func._layers import Call
@@ -132,7 +132,7 @@ def _losses_in_pieces(
         before = call.begin(stack=n, rows=rows.shape[0], inputs=((1,),), part="head", body_output=kind)
         try:
             run = _head_losses
-            if compile:
+            if compile and can_compile():
                 run = compiled(module, _head_losses)
                 leaves, (rows,), _ = alike(leaves, (rows,), {})
             return run(module, call, leaves, rows, targets, ignore_index)
