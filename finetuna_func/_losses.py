@@ -57,7 +57,8 @@ def causal_lm_loss(
         ignore_index: The label of tokens that do not count.
         reduction: ``"mean"`` over the tokens that count (0 if there are none), ``"sum"``, or ``"none"`` for
             ``(..., B, T - 1)``.
-        chunk_tokens: Tokens whose logits exist at a time, over all finetunes; by default as many as have 256 MiB.
+        chunk_tokens: Tokens whose logits exist at a time, at most and over all finetunes; by default as many as have
+            256 MiB. Pieces are equally long if that takes no more than half as many again.
         train: As for `apply`.
         rng: As for `apply` and `apply_stacked`.
         remat: As for `apply`.

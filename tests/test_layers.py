@@ -151,7 +151,9 @@ def test_the_causal_mask_is_for_plain_causal_attention_alone(base):
 class Kernels(TorchDispatchMode):
     """Counts operators but for views."""
 
-    VIEWS = frozenset({"view", "_unsafe_view", "transpose", "t", "split", "split_with_sizes", "detach", "permute"})
+    VIEWS = frozenset(
+        {"view", "_unsafe_view", "transpose", "t", "split", "split_with_sizes", "detach", "alias", "permute"}
+    )
 
     def __enter__(self) -> collections.Counter[str]:  # type: ignore[override]
         super().__enter__()

@@ -22,8 +22,8 @@ to the nearest or stochastically. `with_master_params` keeps float32 copies of b
 **Transforms.** Steps are counted in tensors and no tensor's value is ever read by Python, so
 ``vmap``, ``grad`` with respect to a learning rate and ``torch.compile`` all apply, and no step
 waits for the device. Outermost, small leaves are computed together (``torch._foreach_*``), since
-starting hundreds of kernels takes longer than their arithmetic; ``torch.compile(tx.update)`` starts
-fewer still. The values are the same.
+starting hundreds of kernels takes longer than their arithmetic. `flatten` makes one leaf of all, for which
+a step is some thirty kernels, or one or two if it is compiled, as `compile_step` does. The values are the same.
 
 Source of the design: `optax <https://github.com/google-deepmind/optax>`_.
 """

@@ -167,7 +167,7 @@ def flatten(tx: GradientTransformation) -> Flattened:
     """Returns ``tx`` on flat leaves: all leaves of one dtype and device are one, ``(P,)``, or ``(N, P)`` of a stack.
 
     A stack has hundreds of small leaves, and starting a kernel on each takes longer than its arithmetic. Flat, a step
-    of ``chain(clip_by_global_norm(1.0), adamw(1e-3))`` is some twenty operations whatever the number of leaves, and
+    of ``chain(clip_by_global_norm(1.0), adamw(1e-3))`` is some thirty operations whatever the number of leaves, and
     `compile_step` makes a kernel or two of them. The state is flat. Updates, and what `apply_updates` makes of them,
     are views of flat tensors; such params are put together again without a copy.
 
