@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetuna_func._blocks import alike, can_compile, compiled
+from finetuna_func._blocks import can_compile, compiled
 from finetuna_func._body import with_hidden_states
 from finetuna_func._functional import Blocks, bind, check_blocks, check_types, is_stack, keys_of_stack, run, run_stacked
 from finetuna_func._layers import Call
@@ -57,8 +57,7 @@ def causal_lm_loss(
         ignore_index: The label of tokens that do not count.
         reduction: ``"mean"`` over the tokens that count (0 if there are none), ``"sum"``, or ``"none"`` for
             ``(..., B, T - 1)``.
-        chunk_tokens: Tokens whose logits exist at a time, at most and over all finetunes; by default as many as have
-            256 MiB. Pieces are equally long if that takes no more than half as many again.
+        chunk_tokens: Tokens whose logits exist at a time, over all finetunes; by default as many as have 256 MiB.
         train: As for `apply`.
         rng: As for `apply` and `apply_stacked`.
         remat: As for `apply`.
@@ -132,10 +131,7 @@ def _losses_in_pieces(
         rows = hidden.flatten(0, -2).unsqueeze(1)  # a row each, of one token
         before = call.begin(stack=n, rows=rows.shape[0], inputs=((1,),), part="head", body_output=kind)
         try:
-            run = _head_losses
-            if compile and can_compile():
-                run = compiled(module, _head_losses)
-                leaves, (rows,), _ = alike(leaves, (rows,), {})
+            run = compiled(module, _head_losses) if compile and can_compile() else _head_losses
             return run(module, call, leaves, rows, targets, ignore_index)
         finally:
             call.restore(before)
