@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from finetuna_func._filters import join_name
 from finetuna_func._hf import records_inside_blocks
@@ -208,7 +209,7 @@ def compiled(module: nn.Module, function: Callable[..., Any], *, remat: bool = F
 
 def _saving_nothing(run: Callable[..., Any]) -> Callable[..., Any]:
     def with_inputs_alone(*args: Any) -> Any:
-        with torch._functorch.config.patch(activation_memory_budget=0.0):  # read when it compiles
+        with functorch_config.patch(activation_memory_budget=0.0):  # read when it compiles
             return run(*args)
 
     return with_inputs_alone
