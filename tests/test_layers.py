@@ -152,7 +152,7 @@ class Kernels(TorchDispatchMode):
     """Counts operators but for views."""
 
     VIEWS = frozenset(
-        {"view", "_unsafe_view", "transpose", "t", "split", "split_with_sizes", "detach", "alias", "permute"}
+        {"view", "_unsafe_view", "transpose", "t", "split_with_sizes", "detach", "alias", "permute", "unsqueeze"}
     )
 
     def __enter__(self) -> collections.Counter[str]:  # type: ignore[override]
