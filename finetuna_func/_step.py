@@ -8,6 +8,7 @@ stays a pure function.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -97,9 +98,11 @@ def compile_step(
 
         return step
 
-    eager = step_with(update if inner is None else flat_update)
-    compiled = step_with(torch.compile(update if inner is None else flat_update, fullgraph=True))
-    recorded = {step: _Recorded(step, donate) for step in (eager, compiled)}
+    @functools.cache
+    def made(compiles: bool) -> tuple[Callable[..., Any], _Recorded]:
+        own = update if inner is None else flat_update
+        step = step_with(torch.compile(own, fullgraph=True) if compiles else own)
+        return step, _Recorded(step, donate)
 
     def compiled_step(tuned: Finetuned, state: Any, *batch: Any) -> tuple[Finetuned, Any, Any]:
         if not isinstance(tuned, Finetuned):
@@ -119,8 +122,8 @@ def compile_step(
             layout = layout_of("compile_step(tuned)", params, tuned.stack_size)
             params = layout.join(params)
         compiles = on_gpu and inner is not None if compile_optimizer is None else compile_optimizer
-        step = compiled if compiles else eager
-        run = recorded[step] if on_gpu and cuda_graph is not False else step
+        step, recorded = made(compiles)
+        run = recorded if on_gpu and cuda_graph is not False else step
         rest = Finetuned({}, tuned.consts, tuned.spec)
         params, state, losses = run(layout, params, state, rest, *batch)
         return tuned.replace(params=params if layout is None else layout.split(params)), state, losses
