@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from finetuna_func._filters import join_name
 from finetuna_func._hf import records_inside_blocks
@@ -116,23 +118,27 @@ def has_state(inputs: Any) -> bool:
 def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a block through its representative: recomputed in the backward pass, compiled, or both."""
     block: Block = module._ft_block  # type: ignore[assignment]
-    compile = call.compile
+    compile = call.compile and can_compile()
+    again = call.remat and not compile  # the compiler does it otherwise
+    function = compiled(block.representative, _call, remat=call.remat) if compile else _call
     state = call.of_block(block.path, block.representative_path)
 
     def pure(leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        # The backward pass comes here again, when the call is over: all that the block knows is set and unset.
+        # The backward pass may come here again, when the call is over: all that the block knows is set and unset.
         others = _exchange(block.representative, block.settings)
         before = call.enter(state)
         try:
-            run = compiled(block.representative, _call) if compile else _call
             with call.within():
-                out = run(block.representative, call, call.rows, call.inputs, leaves, args, kwargs)
+                out = function(block.representative, call, call.rows, call.inputs, leaves, args, kwargs)
                 return out, (call.seen, call.draws)
         finally:
             call.restore(before)
             _exchange(block.representative, others)
 
-    out, (seen, draws) = (remat(pure) if call.remat else pure)(dict(_tensors_of(module)), args, kwargs)
+    leaves = dict(_tensors_of(module))
+    if compile:
+        leaves, args, kwargs = alike(leaves, args, kwargs)
+    out, (seen, draws) = (remat(pure) if again else pure)(leaves, args, kwargs)
     call.after_block(block.path, block.representative_path, seen, draws)
     return out
 
@@ -150,20 +156,63 @@ def _call(
     return torch.func.functional_call(module, leaves, args, kwargs, tie_weights=False)
 
 
-def compiled(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+def alike(
+    leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], tuple[Any, ...], dict[str, Any]]:
+    """Returns the inputs of a function to be compiled, such that other blocks and calls need no graph of their own.
+
+    The compiler makes one for each pattern of what needs a derivative. Where nothing gets one, nothing needs one. And
+    what comes into the first block, which does not if the embedding is not trained, does as in all blocks after it;
+    the price is the products of one block that lead to it.
+    """
+    if not torch.is_grad_enabled():
+        return torch_pytree.tree_map(
+            lambda leaf: leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf,
+            (leaves, args, kwargs),
+        )
+    x = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(x, Tensor) or x.requires_grad or not x.is_floating_point() or x.is_inference():
+        return leaves, args, kwargs
+    if not any(leaf.requires_grad for leaf in leaves.values()):
+        return leaves, args, kwargs
+    x = x.detach().requires_grad_()
+    return (leaves, (x, *args[1:]), kwargs) if args else (leaves, args, {**kwargs, "hidden_states": x})
+
+
+def can_compile() -> bool:
+    """Whether functions are compiled here.
+
+    Not within ``torch.func`` transforms, which the compiler does not look through, nor where one is at work already.
+    """
+    return not inside_transform() and not torch.compiler.is_compiling()
+
+
+def compiled(module: nn.Module, function: Callable[..., Any], *, remat: bool = False) -> Callable[..., Any]:
     """Returns the compiled form of a function of a module, kept with the module: like its skeleton, one thread's.
 
-    Where a ``torch.func`` transform is active, which the compiler does not look through, it is the function itself.
+    Args:
+        module: The module.
+        function: Always the same one for a module.
+        remat: Whether to compute everything again in the backward pass. The compiler does better than `remat`: it
+            leaves out what the derivative does not need, and makes one graph, where a forward pass without gradients
+            and a recomputation with them are two.
     """
-    if inside_transform():
-        return function
-    found = vars(module).get("_ft_compiled")
-    if found is None:
+    kept: dict[bool, Callable[..., Any]] = vars(module).setdefault("_ft_compiled", {})
+    if remat not in kept:
         assert isinstance(function, types.FunctionType)
         # A code object of its own: recompilations are counted by it, over all who share it, and end at eight.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        found = vars(module)["_ft_compiled"] = torch.compile(own, fullgraph=True)
-    return found
+        run = torch.compile(own, fullgraph=True)
+        kept[remat] = _saving_nothing(run) if remat else run
+    return kept[remat]
+
+
+def _saving_nothing(run: Callable[..., Any]) -> Callable[..., Any]:
+    def with_inputs_alone(*args: Any) -> Any:
+        with functorch_config.patch(activation_memory_budget=0.0):  # read when it compiles
+            return run(*args)
+
+    return with_inputs_alone
 
 
 def _exchange(module: nn.Module, settings: Mapping[tuple[str, str], Any]) -> dict[tuple[str, str], Any]:

@@ -490,7 +490,7 @@ def _stack_up(a: Tensor, b: Tensor) -> bool:
 def _times_factors(x: Tensor, factors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """``x @ A.T`` for each A, computed in a given dtype, whatever they are stored in."""
     x = x.to(dtype)
-    a = torch.cat([factor.to(dtype) for factor in factors], dim=-2) if len(factors) > 1 else factors[0].to(dtype)
+    a = (torch.cat(factors, dim=-2) if len(factors) > 1 else factors[0]).to(dtype)
     low = F.linear(x, a) if a.ndim == 2 else torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]), a.mT)
     return low.split([factor.shape[-2] for factor in factors], dim=-1) if len(factors) > 1 else (low,)
 

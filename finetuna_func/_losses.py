@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetuna_func._blocks import compiled
+from finetuna_func._blocks import can_compile, compiled
 from finetuna_func._body import with_hidden_states
 from finetuna_func._fold import fold
 from finetuna_func._functional import Blocks, bind, check_blocks, check_types, is_stack, keys_of_stack, run, run_stacked
@@ -137,7 +137,7 @@ def _losses_in_pieces(
         rows = hidden.flatten(0, -2).unsqueeze(1)  # a row each, of one token
         before = call.begin(stack=n, rows=rows.shape[0], inputs=((1,),), part="head", body_output=kind)
         try:
-            run = compiled(module, _head_losses) if compile else _head_losses
+            run = compiled(module, _head_losses) if compile and can_compile() else _head_losses
             return run(module, call, leaves, rows, targets, ignore_index)
         finally:
             call.restore(before)

@@ -12,11 +12,14 @@ inside this Function only.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead  # type: ignore[import-not-found]
 
+from finetuna_func._levels import inside_transform
 from finetuna_func._quant import Scheme
 
 
@@ -40,7 +43,7 @@ class _FrozenMatmul(torch.autograd.Function):
         leaves = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0] and grads[0] is not None:
-            grad_x = _FrozenMatmul.apply(grads[0], ctx.scheme.linearised, not ctx.transposed, *leaves)
+            grad_x = _product(grads[0], ctx.scheme.linearised, not ctx.transposed, *leaves)
         return (grad_x, None, None, *([None] * len(leaves)))
 
     @staticmethod
@@ -62,6 +65,17 @@ class _FrozenMatmul(torch.autograd.Function):
             ]
             return torch.stack([_FrozenMatmul.apply(x_i, scheme, transposed, *rest) for x_i, *rest in slices]), 0
         return _FrozenMatmul.apply(x.movedim(x_dim, 0), scheme, transposed, *leaves), 0
+
+
+# `apply` asks for it at every call, and finding it out takes longer than starting the product.
+_FrozenMatmul.forward.__signature__ = inspect.signature(_FrozenMatmul.forward)  # type: ignore[attr-defined]
+
+
+def _product(x: Tensor, scheme: Scheme, transposed: bool, *leaves: Tensor) -> Tensor:
+    """The Function, or what it computes where nothing records and no transform is active."""
+    if torch.is_grad_enabled() or inside_transform():
+        return _FrozenMatmul.apply(x, scheme, transposed, *leaves)
+    return _FrozenMatmul.forward(unwrap_if_dead(x), scheme, transposed, *(unwrap_if_dead(leaf) for leaf in leaves))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -110,7 +124,7 @@ def frozen_matmul(x: Tensor, scheme: Scheme, *leaves: Tensor) -> Tensor:
         if scheme.linearised == scheme:
             return dequantized_matmul(x, scheme, False, *leaves)  # and the composite fuses
         return _StraightThrough.apply(x, scheme, *leaves)
-    return _FrozenMatmul.apply(x, scheme, False, *leaves)
+    return _product(x, scheme, False, *leaves)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ stays a pure function.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor
 from finetuna_func import optim
 from finetuna_func._transforms import stacked_value_and_grad, value_and_grad
 from finetuna_func._types import Finetuned
+from finetuna_func.optim._layout import Layout, layout_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def compile_step(
     *,
     has_aux: bool = False,
     cuda_graph: bool | None = None,
-    compile_optimizer: bool = False,
+    compile_optimizer: bool | None = None,
     donate: bool = False,
 ) -> Step:
     """Returns ``step(tuned, state, *batch) -> (tuned, state, losses)``: gradients, optimizer and update in one.
@@ -44,11 +46,13 @@ def compile_step(
 
     Args:
         loss_fn: ``loss_fn(tuned, *batch)``; no step of it may wait for the GPU (``.item()``, a branch on a value).
-        tx: An optimizer of ``ft.optim``.
+        tx: An optimizer of ``ft.optim``. Under `optim.flatten`, parameters, gradients and state are a few flat tensors
+            for the whole step, and the finetunes that come out are views of them: a few kernels instead of thousands.
         has_aux: Whether ``loss_fn`` returns ``(loss, aux)``; the third result is then that pair.
         cuda_graph: Whether to record; by default where every tensor is on a CUDA device.
         compile_optimizer: Whether to run the optimizer through ``torch.compile``, which makes one pass over parameters
-            and state where an eager one makes a dozen; the compiler takes minutes for hundreds of leaves.
+            and state where an eager one makes a dozen; by default if ``tx`` is an `optim.flatten` and every tensor is
+            on a CUDA device. For hundreds of leaves that are not flat, the compiler takes minutes.
         donate: Whether the finetunes and the state that a recorded step is given are its own to overwrite, as in JAX:
             it saves copying them in and out. Use the results, and never again what was given, nor results of an
             earlier step.
@@ -60,7 +64,7 @@ def compile_step(
         >>> base, tuned = new_finetuned(tiny_model())
         >>> def loss_fn(stacked, ids):
         ...     return apply_stacked(base, stacked, ids).square().mean(dim=(1, 2))
-        >>> tx = optim.adamw(1e-2)
+        >>> tx = optim.flatten(optim.adamw(1e-2))
         >>> stacked = stack([tuned, tuned])
         >>> step = compile_step(loss_fn, tx)
         >>> stacked, state, losses = step(stacked, tx.init(stacked), torch.zeros(2, 3, dtype=torch.long))
@@ -68,20 +72,37 @@ def compile_step(
         torch.Size([2])
     """
 
-    def update(grads: Any, state: Any, tuned: Finetuned) -> tuple[Finetuned, Any]:
+    # Params go in and come out apart from the rest of a finetune; those of `optim.flatten` as the flat leaves that they
+    # are views of, so that a recording has few tensors to copy.
+    def update(grads: Any, state: Any, tuned: Finetuned) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, tuned)
-        return optim.apply_updates(tuned, updates), state
+        return optim.apply_updates(tuned, updates).params, state
 
-    def step_with(update: Callable[..., Any]) -> Step:
-        def step(tuned: Finetuned, state: Any, *batch: Any) -> tuple[Finetuned, Any, Any]:
+    inner = tx.inner if isinstance(tx, optim.Flattened) else None
+
+    def flat_update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        assert inner is not None
+        updates, state = inner.update(grads, state, params)
+        return optim.apply_updates(params, updates), state
+
+    def step_with(update: Callable[..., Any]) -> Callable[..., Any]:
+        def step(layout: Layout | None, params: Any, state: Any, rest: Finetuned, *batch: Any) -> tuple[Any, Any, Any]:
+            leaves = params if layout is None else layout.split(params)
+            tuned = Finetuned(leaves, rest.consts, rest.spec)
             differentiate = value_and_grad if tuned.stack_size is None else stacked_value_and_grad
             losses, grads = differentiate(loss_fn, has_aux=has_aux)(tuned, *batch)
-            return *update(grads, state, tuned), losses
+            if layout is None:
+                return *update(grads, state, tuned), losses
+            params, inner_state = update(layout.join(grads), state.inner, params)
+            return params, state._replace(inner=inner_state), losses
 
         return step
 
-    step = step_with(torch.compile(update, fullgraph=True) if compile_optimizer else update)
-    recorded = _Recorded(step, donate)
+    @functools.cache
+    def made(compiles: bool) -> tuple[Callable[..., Any], _Recorded]:
+        own = update if inner is None else flat_update
+        step = step_with(torch.compile(own, fullgraph=True) if compiles else own)
+        return step, _Recorded(step, donate)
 
     def compiled_step(tuned: Finetuned, state: Any, *batch: Any) -> tuple[Finetuned, Any, Any]:
         if not isinstance(tuned, Finetuned):
@@ -91,7 +112,21 @@ def compile_step(
         )
         if cuda_graph and not on_gpu:
             raise ValueError("compile_step(cuda_graph=True): not all tensors are on a CUDA device; move them there.")
-        return (recorded if on_gpu and cuda_graph is not False else step)(tuned, state, *batch)
+        layout, params = None, dict(tuned.params)
+        if inner is not None:
+            if not isinstance(state, optim.FlattenState):
+                raise TypeError(
+                    f"compile_step: tx is optim.flatten(...) but the state is a {type(state).__name__}; pass the one "
+                    "that tx.init(tuned) made, or an earlier step."
+                )
+            layout = layout_of("compile_step(tuned)", params, tuned.stack_size)
+            params = layout.join(params)
+        compiles = on_gpu and inner is not None if compile_optimizer is None else compile_optimizer
+        step, recorded = made(compiles)
+        run = recorded if on_gpu and cuda_graph is not False else step
+        rest = Finetuned({}, tuned.consts, tuned.spec)
+        params, state, losses = run(layout, params, state, rest, *batch)
+        return tuned.replace(params=params if layout is None else layout.split(params)), state, losses
 
     return compiled_step
 
@@ -122,7 +157,7 @@ class _Recorded:
         if recording is None:
             recording = self._recordings[key] = self._record(leaves, spec)
         with torch.no_grad():
-            news = [(own, new) for own, new in zip(recording.inputs, tensors, strict=True) if own is not new]
+            news = [(own, new) for own, new in zip(recording.inputs, tensors, strict=True) if not _is_same(own, new)]
             if news:
                 torch._foreach_copy_([own for own, _ in news], [new for _, new in news])
             recording.graph.replay()
@@ -152,8 +187,10 @@ class _Recorded:
                 donated = 0
                 if self._donate:  # what goes in first comes out first: finetunes and state
                     donated = sum(isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(out[:2]))
-                    with torch.no_grad():
-                        torch._foreach_copy_(inputs[:donated], outputs[:donated])
+                    news = [(own, new) for own, new in zip(inputs, outputs[:donated], strict=False) if own is not new]
+                    if news:
+                        with torch.no_grad():
+                            torch._foreach_copy_([own for own, _ in news], [new for _, new in news])
                     outputs[:donated] = inputs[:donated]
         except Exception as error:
             raise RuntimeError(
@@ -165,6 +202,11 @@ class _Recorded:
             ) from error
         others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in out_leaves]
         return _Recording(graph, inputs, outputs, others, out_spec, donated)
+
+
+def _is_same(own: Tensor, given: Tensor) -> bool:
+    """Whether what is given is a donated tensor, perhaps taken apart and put together again."""
+    return own is given or (own.data_ptr() == given.data_ptr() and own.stride() == given.stride())
 
 
 def _kind(leaf: Any) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
 import finetuna_func as ft
-from finetuna_func._blocks import block_paths
+from finetuna_func._blocks import alike, block_paths
 
 SAME, FP32 = 2e-6, 1e-5
 FAMILY = {family.name: family for family in FAMILIES}
@@ -579,14 +579,97 @@ def test_compiled_blocks(fresh_compiler: Any):
     assert_trees_close(found, expected, FP32, unlike=unlike)
 
 
+LAYERS = {SmallLm: {"fc"}, llama: {"q_proj", "down_proj"}}
+
+
+@pytest.mark.parametrize("make", [SmallLm, pytest.param(llama, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("remat", [None, "blocks"])
+def test_one_graph_whether_or_not_the_embedding_is_adapted(
+    remat: Any, stacked: bool, table: bool, make: Callable[[], nn.Module], fast_compiler: Any
+):
+    """Without, what comes into the first block needs no derivative, unlike what comes into the others.
+
+    Evaluation has one of its own, for a stack whose leaves need derivatives or do not.
+    """
+    base = ft.quantize_base_model(make())
+    layers = LAYERS[make] | ({"table" if make is SmallLm else "embed_tokens"} if table else set())
+    tuned, ids = finetunes(base, N, adapt_layers=layers, plain_layers=set()), ids_for(N, 2, 5)
+    each: Any = (ft.stack(tuned), ids) if stacked else (tuned[0], ids[0])
+    found = train(base, *each, compile="blocks", remat=remat)
+    assert graphs(fast_compiler) == 1
+    other = (each[0], ids_for(*each[1].shape, seed=1))
+    assert_trees_close(found, train(base, *each), FP32, unlike=train(base, *other))
+    with torch.no_grad():
+        apply = ft.apply_stacked if stacked else ft.apply
+        found, expected, unlike = (
+            leaves_of(apply(base, *inputs, **options))
+            for inputs, options in ((each, {"compile": "blocks", "remat": remat}), (each, {}), (other, {}))
+        )
+        leaves = {name: leaf.clone().requires_grad_() for name, leaf in each[0].params.items()}
+        apply(base, each[0].replace(params=leaves), each[1], compile="blocks", remat=remat)
+    assert_trees_close(found, expected, FP32, unlike=unlike)
+    assert graphs(fast_compiler) == 2
+    train(base, *each, compile="blocks", remat=remat)
+    assert graphs(fast_compiler) == 2
+
+
+@pytest.mark.parametrize("remat", [None, "blocks"])
+@pytest.mark.parametrize("make", [SmallLm, llama, gpt2_with_dropout])
+def test_what_blocks_are_given_changes_no_number(
+    make: Callable[[], nn.Module], remat: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Bit by bit, if the compiler does nothing; and what needs no derivative still needs none."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    base = ft.quantize_base_model(make())
+    layers = {"fc"} if make is SmallLm else {"q_proj"} if make is llama else {"c_fc"}
+    tuned, ids = finetunes(base, N, adapt_layers=layers, plain_layers=set()), ids_for(2, 5)
+    found = train(base, tuned[0], ids, compile="blocks", remat=remat)
+    expected = train(base, tuned[0], ids, remat=remat)
+    for a, e in zip(torch_pytree.tree_leaves(found), torch_pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(a, e)
+    assert not torch.equal(expected[0], train(base, tuned[1], ids, remat=remat)[0])
+    trained = tuned[0].replace(params={k: v.clone().requires_grad_() for k, v in tuned[0].params.items()})
+    for given, needed in ((None, False), (tuned[0], False), (trained, True)):
+        (out,) = leaves_of(ft.apply(base, given, ids, compile="blocks", remat=remat))
+        assert out.requires_grad == needed
+        with torch.no_grad():
+            (out,) = leaves_of(ft.apply(base, given, ids, compile="blocks", remat=remat))
+            assert not out.requires_grad
+    with torch.inference_mode():
+        ids = ids.clone()
+        ft.apply(base, trained, ids, compile="blocks", remat=remat)
+
+
+def test_what_needs_a_derivative():
+    x, flag, leaf = torch.ones(2), torch.ones(2, dtype=torch.long), torch.ones(1, requires_grad=True)
+    plain = {"w": torch.ones(1)}
+    for args, kwargs in (((x, 3), {}), ((), {"hidden_states": x, "other": x})):
+        (own, *rest) = [v for v in torch_pytree.tree_leaves(alike({"w": leaf}, args, kwargs)[1:])]
+        assert own.requires_grad and own.is_leaf and own.data_ptr() == x.data_ptr() and not x.requires_grad
+        assert all(not getattr(value, "requires_grad", False) for value in rest)
+        assert alike(plain, args, kwargs)[1:] == (args, kwargs)
+    assert alike({"w": leaf}, (flag, x), {})[1] == (flag, x)
+    assert alike({"w": leaf}, (), {"mask": x})[2] == {"mask": x}
+    assert alike({"w": leaf}, (leaf,), {})[1][0] is leaf
+    with torch.no_grad():
+        leaves, (y, number), kwargs = alike({"w": leaf}, (leaf * 1, 3), {"z": (leaf, x)})
+        assert not leaves["w"].requires_grad and not y.requires_grad and number == 3
+        assert not kwargs["z"][0].requires_grad and kwargs["z"][1] is x
+    with torch.inference_mode():
+        made_there = torch.ones(2)
+    assert alike({"w": leaf}, (made_there,), {})[1][0] is made_there
+    grad(lambda x: (alike({"w": leaf}, (x,), {})[1][0] is x) * x.sum())(x)
+
+
 @pytest.mark.parametrize("make", [SmallLm, pytest.param(llama, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("remat", [None, "blocks"])
 def test_compiled_blocks_of_many_lengths(remat: Any, stacked: bool, make: Callable[[], nn.Module], fast_compiler: Any):
     """The second length makes graphs in which it is a symbol, and the others need none; torch's limit is eight.
 
-    Two, since the first block of all may get a view where the others do not; twice as many where blocks are computed
-    again, with gradients and without.
+    Two, since the first block of all may get a view where the others do not.
     """
     base = ft.quantize_base_model(make())
     tuned = finetunes(base, N)
@@ -599,8 +682,8 @@ def test_compiled_blocks_of_many_lengths(remat: Any, stacked: bool, make: Callab
         unlike = train(base, each[0], each[1][..., -length:])
         assert_trees_close(found, expected, FP32, unlike=unlike)
         counts.append(graphs(fast_compiler))
-    assert counts[0] == (1 if remat is None else 2)
-    assert counts[-1] == counts[2] <= (3 if remat is None else 6)
+    assert counts[0] == 1
+    assert counts[-1] == counts[2] <= 3
 
 
 def test_compiled_blocks_with_windows_and_without(fast_compiler: Any):
@@ -634,7 +717,33 @@ def test_compiled_blocks_with_dropout(fast_compiler: Any):
     found = train(base, tuned, ids, compile="blocks", remat="blocks", **options)
     unlike = train(base, tuned, ids, train=True, rng=ft.random.key(1))
     assert_trees_close(found, train(base, tuned, ids, **options), FP32, unlike=unlike)
-    assert graphs(fast_compiler) == 2  # with gradients and without
+    assert graphs(fast_compiler) == 1
+
+
+def test_blocks_compiled_to_be_computed_again_keep_their_inputs_alone(fast_compiler: Any):
+    """What autograd keeps beside tensors of the base and the finetunes: of 8 blocks as much as one input each."""
+    base = ft.quantize_base_model(SmallLm(*[torch.sin] * 8, width=16))
+    stacked, ids = ft.stack(finetunes(base, N, adapt_layers={"fc"}, plain_layers=set())), ids_for(N, 2, 32)
+    given = {leaf.untyped_storage()._cdata for leaf in (*base.params.values(), *stacked.consts.values())}
+    one = N * 2 * 32 * 16 * 4
+    assert max(leaf.nbytes for leaf in stacked.params.values()) < one
+    kept = {}
+    for options in ({}, {"compile": "blocks"}, {"remat": "blocks"}, {"compile": "blocks", "remat": "blocks"}):
+        found: dict[int, int] = {}
+
+        def note(leaf: Tensor, found: dict[int, int] = found) -> Tensor:
+            storage = leaf.untyped_storage()
+            if storage._cdata not in given and storage.nbytes() >= one:  # activations: params are smaller
+                found[storage._cdata] = storage.nbytes()
+            return leaf
+
+        leaves = {name: leaf.clone().requires_grad_() for name, leaf in stacked.params.items()}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda leaf: leaf):
+            out = ft.apply_stacked(base, stacked.replace(params=leaves), ids, **options)
+        kept["compile" in options, "remat" in options] = sum(found.values())
+        del out
+    assert 8 * one <= kept[True, True] <= kept[False, True] <= 11 * one  # and the last one's output, for the head
+    assert min(kept[False, False], kept[True, False]) >= 16 * one
 
 
 def test_under_transforms_the_compiler_stands_aside(fresh_compiler: Any):

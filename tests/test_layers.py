@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 import pytest
 import torch
 from models import assert_close, llama, randomized
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MistralConfig
 
 import finetuna_func as ft
@@ -141,3 +143,75 @@ def test_the_causal_mask_is_for_plain_causal_attention_alone(base):
     model = AutoModelForCausalLM.from_config(windowed).eval()
     windows = ft.quantize_base_model(model)
     assert _hf.causal_mask(windows.skeleton.module(), (ids,), {}) is None
+
+
+# --- how many kernels a layer starts
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators but for views."""
+
+    VIEWS = frozenset(
+        {"view", "_unsafe_view", "transpose", "t", "split_with_sizes", "detach", "alias", "permute", "unsqueeze"}
+    )
+
+    def __enter__(self) -> collections.Counter[str]:  # type: ignore[override]
+        super().__enter__()
+        self.found: collections.Counter[str] = collections.Counter()
+        return self.found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.found[name] += name not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n", [None, 3])
+def test_kernels_of_layers_that_share_their_input(n: int | None):
+    """In bfloat16: the codes, and an adapter's factors, are cast once each, the A's of all layers together."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.q_proj(x), self.k_proj(x)], -1)
+
+    torch.manual_seed(0)
+    base = ft.quantize_base_model(Two().bfloat16())
+    tuned = [randomized(ft.new_finetuned(base), seed=i) for i in range(n or 1)]
+    x = torch.randn(*(() if n is None else (n,)), 5, 8).bfloat16()
+
+    def run() -> Tensor:
+        return ft.apply(base, tuned[0], x) if n is None else ft.apply_stacked(base, ft.stack(tuned), x)
+
+    with torch.no_grad():
+        run()
+        with Kernels() as all_kernels:
+            run()
+        if n is not None:
+            with Kernels() as stacking:
+                ft.stack(tuned)
+            all_kernels -= stacking
+    one = {"mm": 2 if n is not None else 3, "addmm": 0 if n is not None else 2}
+    batched = {"bmm": 1, "baddbmm": 2} if n is not None else {}
+    expected = {"_to_copy": 2 + 1 + 2, "mul_": 2, "mul": 2, "cat": 2} | one | batched
+    assert +all_kernels == collections.Counter({k: v for k, v in expected.items() if v})
+
+
+def test_a_scale_is_applied_before_rounding():
+    """To B in float32: a scale of 1/3 costs no rounding of its own."""
+    torch.manual_seed(0)
+    base = ft.quantize_base_model(nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16())
+    config = ft.LinearAdapterConfig(r=3, alpha=1.0)
+    tuned = randomized(ft.new_finetuned(base, linear_config=config), seed=0, scale=1.0)
+    folded = tuned.replace(
+        params={name: leaf / 3 if name.endswith("lora_b") else leaf for name, leaf in tuned.params.items()},
+        consts={name: torch.ones_like(leaf) for name, leaf in tuned.consts.items()},
+    )
+    x = torch.randn(7, 64).bfloat16()
+    assert (ft.apply(base, tuned, x) - ft.apply(base, folded, x)).abs().max() <= 2**-8 * ft.apply(
+        base, folded, x
+    ).abs().max()
+    assert not torch.equal(ft.apply(base, tuned, x), ft.apply(base, None, x))

@@ -70,6 +70,7 @@ def measured(
 # --- what is measured
 
 
+ADAM = ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(1e-3))
 OPTIONS: list[dict[str, Any]] = [{}, {"remat": "blocks"}, {"chunk_tokens": 16}, {"remat": "blocks", "chunk_tokens": 16}]
 
 
@@ -89,8 +90,8 @@ def test_the_measured_peak(n: int | None, options: dict[str, Any]):
 
 @pytest.mark.parametrize(
     "tx",
-    [None, ft.optim.sgd(0.1), ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(1e-3))],
-    ids=["no optimizer", "sgd", "clipped adamw"],
+    [None, ft.optim.sgd(0.1), ADAM, ft.optim.flatten(ADAM)],
+    ids=["no optimizer", "sgd", "clipped adamw", "flat"],
 )
 def test_other_optimizers(tx: Any):
     tuned = some(2)

@@ -73,6 +73,42 @@ def test_gradcheck(linear_scheme, shape, transposed, seed):
         assert gradgradcheck(function, (x,), check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
 
 
+def test_the_function_is_used_where_something_records_and_nowhere_else(linear_scheme, seed, monkeypatch):
+    """Its `apply` costs the host more than starting a product; the numbers are the same without."""
+    leaves, matrix = made(linear_scheme)
+    x = torch.randn(3, IN, requires_grad=True)
+    calls: list[bool] = []
+    apply = _FrozenMatmul.apply
+    monkeypatch.setattr(_FrozenMatmul, "apply", lambda *args: calls.append(args[2]) or apply(*args))
+
+    def count(run) -> tuple[list[bool], Tensor]:
+        calls.clear()
+        out = run()
+        return list(calls), out
+
+    def product() -> Tensor:
+        return frozen_matmul(x, linear_scheme, *leaves)
+
+    assert count(product)[0] == [False]
+    with torch.no_grad():
+        found, y = count(product)
+        assert found == [] and torch.equal(y, product())
+    first, g = count(lambda: torch.autograd.grad(product().sum(), x)[0])
+    again, h = count(lambda: torch.autograd.grad(product().sum(), x, create_graph=True)[0])
+    assert (first, again) == ([False], [False, True])
+    assert torch.equal(g, h)
+    assert_close(g, matrix.sum(0).expand(3, IN).float(), 1e-6, unlike=matrix.sum(0).roll(1).expand(3, IN).float())
+    found, _ = count(lambda: grad(lambda x: frozen_matmul(x, linear_scheme, *leaves).sum())(x))
+    assert True in found and False in found
+    with torch.no_grad():
+        found, mapped = count(lambda: vmap(lambda x: frozen_matmul(x, linear_scheme, *leaves))(x))
+        assert found and torch.allclose(mapped, y, rtol=1e-6)
+    # what a vjp recorded may be pulled when its level is gone
+    with torch.no_grad():
+        _, pull = vjp(lambda x: frozen_matmul(x, linear_scheme, *leaves), x)
+        assert torch.equal(pull(torch.ones(3, OUT))[0], g)
+
+
 def test_gradcheck_would_notice(seed):
     leaves, _ = made(Int8())
 

@@ -902,6 +902,6 @@ def test_adamw_without_decay_needs_no_params():
 
 def test_everything_public_is_documented_with_an_example():
     functions = [name for name in optim.__all__ if name[0].islower()]
-    assert len(functions) == 22
+    assert len(functions) == 23
     for name in functions:
         assert ">>> " in getattr(optim, name).__doc__, name

@@ -6,6 +6,7 @@ kernels on the same numbers, and are compared at 1e-6 of the largest number, sin
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from models import (
     snapshot,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetuna_func as ft
 
@@ -32,6 +34,19 @@ IDS = torch.randint(4, 16, (STEPS, N, 2, 6), generator=torch.Generator().manual_
 
 def optimizer() -> ft.optim.GradientTransformation:
     return ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(1e-2, weight_decay=0.1))
+
+
+class Counts(TorchDispatchMode):
+    """How often each operator was called."""
+
+    def __enter__(self) -> collections.Counter[str]:  # type: ignore[override]
+        super().__enter__()
+        self.found: collections.Counter[str] = collections.Counter()
+        return self.found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Case:
@@ -172,10 +187,11 @@ def test_with_what_it_is_made_for(options: dict[str, Any], monkeypatch: pytest.M
     torch.compiler.reset()
 
 
-def test_a_compiled_optimizer(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("wrap", [lambda tx: tx, ft.optim.flatten], ids=["leaves", "flat"])
+def test_a_compiled_optimizer(wrap: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    case, tx = Case(True), optimizer()
+    case, tx = Case(True), wrap(optimizer())
     found = run(ft.compile_step(case.loss, tx, compile_optimizer=True), tx, case.tuned, case.batches[:3])
     expected = by_hand(case.loss, tx, case.tuned, case.batches[:3])
     for name, leaf in expected[0].params.items():
@@ -183,6 +199,50 @@ def test_a_compiled_optimizer(monkeypatch: pytest.MonkeyPatch):
         assert torch.allclose(found[0].params[name], leaf, rtol=1e-6, atol=1e-6), name
         assert not torch.allclose(leaf, case.tuned.params[name], rtol=1e-6, atol=1e-6), name
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_a_flat_optimizer(stacked: bool, has_aux: bool):
+    """Bit by bit the loop by hand with it, and but for the norm's rounding the loop with its inner transformation."""
+    case, tx = Case(stacked), ft.optim.flatten(optimizer())
+    loss_fn = case.with_aux if has_aux else case.loss
+    found = run(ft.compile_step(loss_fn, tx, has_aux=has_aux), tx, case.tuned, case.batches)
+    expected = by_hand(loss_fn, tx, case.tuned, case.batches, has_aux)
+    assert_same_finetune(found[0], expected[0])
+    assert_equal(found[1:], expected[1:])
+    inner = by_hand(loss_fn, optimizer(), case.tuned, case.batches, has_aux)[0]
+    other = by_hand(loss_fn, ft.optim.adamw(1e-2), case.tuned, case.batches, has_aux)[0]
+    # Of five steps of 1e-2 at most, 1e-5
+    assert max(float((found[0].params[k] - leaf).abs().max()) for k, leaf in inner.params.items()) <= 5e-7
+    assert max(float((found[0].params[k] - leaf).abs().max()) for k, leaf in other.params.items()) > 1e-4
+    assert len({leaf.untyped_storage().data_ptr() for leaf in found[0].params.values()}) == 1
+    assert case.tuned.consts.keys() == found[0].consts.keys() and case.tuned.spec == found[0].spec
+
+
+def test_a_flat_optimizer_of_params_in_few_bits():
+    case = Case(True)
+    start = case.tuned.replace(params={name: leaf.bfloat16() for name, leaf in case.tuned.params.items()})
+    for make in (ft.optim.with_master_params, lambda tx: tx):
+        results = []
+        for tx in (ft.optim.flatten(make(ft.optim.adamw(1e-2))), make(ft.optim.adamw(1e-2))):
+            results.append(run(ft.compile_step(case.loss, tx), tx, start, case.batches)[0])
+        assert_same_finetune(*results)
+        assert not torch.equal(results[0].params["fc.lora_a"], start.params["fc.lora_a"])
+
+
+def test_a_flat_optimizer_puts_nothing_together_but_gradients():
+    """From the second step on, params are taken as the flat leaf that they are views of."""
+    case, tx = Case(True), ft.optim.flatten(ft.optim.adamw(1e-2))
+    step = ft.compile_step(
+        lambda tuned, ids: torch.stack([leaf.flatten(1).sum(1) for leaf in tuned.params.values()]).sum(0), tx
+    )
+    tuned, state, cats = case.tuned, tx.init(case.tuned), []
+    for batch in case.batches[:3]:
+        with Counts() as counts:
+            tuned, state, _ = step(tuned, state, batch)
+        cats.append(counts["cat"])
+    assert cats == [2, 1, 1]
 
 
 def test_structures_can_be_told_apart():
@@ -207,6 +267,8 @@ def test_refusals():
         ft.compile_step(case.loss, tx, cuda_graph=True)(case.tuned, state, case.batches[0])
     with pytest.raises(ValueError, match=r"returned a tensor of shape \(12, 4\); expected a scalar"):
         ft.compile_step(lambda t, ids: ft.apply(case.base, t, ids), tx)(case.tuned, state, case.batches[0])
+    with pytest.raises(TypeError, match=r"tx is optim.flatten\(...\) but the state is a tuple; pass the one that"):
+        ft.compile_step(case.loss, ft.optim.flatten(tx))(case.tuned, state, case.batches[0])
     stacked = Case(True)
     with pytest.raises(ValueError, match=r"losses have shape \(\), expected \(3,\)"):
         ft.compile_step(lambda t, ids: stacked.loss(t, ids).mean(), tx)(
@@ -234,11 +296,12 @@ def assert_near(found: Any, expected: Any, *, unlike: Any) -> None:
 
 
 @on_gpu
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("has_aux", [False, True])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_graph_and_eager_step(stacked: bool, has_aux: bool, donate: bool):
-    case, tx = Case(stacked, "cuda"), optimizer()
+def test_graph_and_eager_step(stacked: bool, has_aux: bool, donate: bool, flat: bool):
+    case, tx = Case(stacked, "cuda"), ft.optim.flatten(optimizer()) if flat else optimizer()
     loss_fn = case.with_aux if has_aux else case.loss
     recorded = ft.compile_step(loss_fn, tx, has_aux=has_aux, donate=donate)
     found = run(recorded, tx, case.tuned, case.batches)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from finetuna_func import _random
+from finetuna_func._levels import inside_transform
 from finetuna_func._types import Finetuned, Params
 from finetuna_func.optim import _lists as lists
 from finetuna_func.optim._base import Tree, as_tree, wide_dtype, widest
 from finetuna_func.optim._checks import check_like
+from finetuna_func.optim._layout import Layout, layout_of
 from finetuna_func.optim._rounding import stochastic_leaf
 
 
@@ -57,21 +59,11 @@ def apply_updates(
     leaves = as_tree("apply_updates", params)
     check_like("apply_updates", updates, leaves, "params")
     keys = _rounding_keys(params, rounding, rng)
-    dtypes = {
-        name: torch.float64 if updates[name].dtype == torch.float64 else wide_dtype(leaves[name])
-        for name in sorted(leaves)
-    }
-    position = {name: i for i, name in enumerate(dtypes)}
-    wide_leaves, new = {name: leaves[name].to(dtype) for name, dtype in dtypes.items()}, {}
-    for names in lists.batches(wide_leaves):
-        sums = lists.add([wide_leaves[name] for name in names], [updates[name].to(dtypes[name]) for name in names])
-        for name, sum_ in zip(names, sums, strict=True):
-            dtype = leaves[name].dtype
-            if keys is not None and dtype in (torch.bfloat16, torch.float16):
-                new[name] = stochastic_leaf(sum_, dtype, _random.fold_in(keys, position[name]))
-            else:
-                new[name] = sum_.to(dtype)
-    new = {name: new[name] for name in dtypes}
+    layout = None if keys is not None else _flat_layout(leaves, updates, params)
+    if layout is None:
+        new = _sums(leaves, updates, keys)
+    else:
+        new = layout.split(_sums(layout.join(leaves), layout.join(updates), None))
     return params.replace(params=new) if isinstance(params, Finetuned) else new
 
 
@@ -106,6 +98,35 @@ def global_norm(tree: Tree, stacked: bool = False) -> Tensor:
         )
     of_each = [norm(leaves[name].reshape(len(leaves[name]), -1), dim=1, dtype=dtype) for name in sorted(leaves)]
     return norm(torch.stack(of_each), dim=0)
+
+
+def _sums(leaves: Params, updates: Params, keys: Tensor | None) -> dict[str, Tensor]:
+    dtypes = {
+        name: torch.float64 if updates[name].dtype == torch.float64 else wide_dtype(leaves[name])
+        for name in sorted(leaves)
+    }
+    position = {name: i for i, name in enumerate(dtypes)}
+    wide_leaves, new = {name: leaves[name].to(dtype) for name, dtype in dtypes.items()}, {}
+    for names in lists.batches(wide_leaves):
+        sums = lists.add([wide_leaves[name] for name in names], [updates[name].to(dtypes[name]) for name in names])
+        for name, sum_ in zip(names, sums, strict=True):
+            dtype = leaves[name].dtype
+            if keys is not None and dtype in (torch.bfloat16, torch.float16):
+                new[name] = stochastic_leaf(sum_, dtype, _random.fold_in(keys, position[name]))
+            else:
+                new[name] = sum_.to(dtype)
+    return {name: new[name] for name in dtypes}
+
+
+def _flat_layout(leaves: Params, updates: Params, params: Tree) -> Layout | None:
+    """Returns how the updates lie in flat leaves, where they are views of such, as `flatten` returns them."""
+    first = next(iter(updates.values()), None)
+    if first is None or torch.compiler.is_compiling() or inside_transform() or type(first) is not Tensor:
+        return None
+    if first.is_meta or first.untyped_storage().nbytes() <= first.nbytes:
+        return None
+    layout = layout_of("apply_updates(params)", leaves, params.stack_size if isinstance(params, Finetuned) else None)
+    return layout if layout.lies(updates) else None
 
 
 def _rounding_keys(params: Tree, rounding: str, rng: Tensor | None) -> Tensor | None:
