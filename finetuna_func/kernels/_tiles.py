@@ -6,7 +6,6 @@ belongs to exactly one adapter, and the last one's reach to the end. A tile neve
 number of tiles is not known on the host, so a few programs more than needed are started.
 """
 
-# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false
 from __future__ import annotations
 
 import functools
@@ -62,7 +61,7 @@ def tiles_of_adapter(
     return first, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _sum_tiles_kernel(
     partial, out, ends, total, rows, n, size,
     TILE: tl.constexpr, N_POW2: tl.constexpr, RAGGED: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,

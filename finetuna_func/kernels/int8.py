@@ -1,11 +1,10 @@
 """The frozen int8 base: codes to numbers in one pass, and a product that reads the codes themselves (W8A16).
 
 With few rows a product is bound by the bytes of its weight. Dequantizing first moves five bytes for each code (one
-read, two written, two read again); `matmul` moves one. Integers up to 127 are exact in bfloat16, the sums are in float32
-and the scale comes after them, so the only roundings are those of ``x`` and of the result.
+read, two written, two read again); `matmul` moves one. Integers up to 127 are exact in bfloat16, the sums are in
+float32 and the scale comes after them, so that the result alone is rounded.
 """
 
-# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false
 from __future__ import annotations
 
 from typing import Any
@@ -34,7 +33,7 @@ def _dequantize_kernel(
     tl.store(out + at, numbers.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _matmul_kernel(
     x, codes, scale, low, b, ends, out, rows, height, width, per_adapter, n, x_row, depth,
     R: tl.constexpr, BLOCK_R: tl.constexpr, N_POW2: tl.constexpr, LORA: tl.constexpr, RAGGED: tl.constexpr,

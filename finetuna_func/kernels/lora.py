@@ -13,7 +13,6 @@ Scales stay outside: ``low`` is small. The grouped products are those of Punica 
 and LoRAFusion (2510.00206); the kernels are our own.
 """
 
-# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false
 from __future__ import annotations
 
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 from finetuna_func.kernels._tiles import INTERPRETED, adapter_tile, count_tiles, processors, rank_block, sum_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _project_kernel(
     x, factor, out, ends, total, rows, n, width, x_row, f_adapter, f_col, f_rank,
     R: tl.constexpr, BLOCK_R: tl.constexpr, N_POW2: tl.constexpr, RAGGED: tl.constexpr, EVEN: tl.constexpr,
@@ -56,7 +55,7 @@ def _project_kernel(
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=(row < stop)[:, None] & (rank < R)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _expand_kernel(
     y, low, factor, out, ends, total, rows, n, width, y_row, f_adapter, f_col, f_rank,
     R: tl.constexpr, BLOCK_R: tl.constexpr, N_POW2: tl.constexpr, RAGGED: tl.constexpr, EVEN: tl.constexpr,
@@ -81,7 +80,7 @@ def _expand_kernel(
     tl.store(out + far * width + col[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _adjoint_kernel(
     g, low, factor, d_low, d_factor, ends, total, rows, n, width, g_row, f_adapter, f_col, f_rank, cols,
     R: tl.constexpr, BLOCK_R: tl.constexpr, N_POW2: tl.constexpr, RAGGED: tl.constexpr, EVEN: tl.constexpr,
@@ -115,7 +114,7 @@ def _adjoint_kernel(
     tl.store(low_at, acc.to(d_low.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _outer_kernel(
     low, x, out, ends, total, rows, n, width, x_row, o_tile, o_col, o_rank,
     R: tl.constexpr, BLOCK_R: tl.constexpr, N_POW2: tl.constexpr, RAGGED: tl.constexpr, EVEN: tl.constexpr,
