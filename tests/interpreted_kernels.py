@@ -188,6 +188,19 @@ def test_numbers_that_are_not_finite_stay_in_their_rows():
     assert [bool(part.isfinite().all()) for part in db] == [True, False, False]
 
 
+@pytest.mark.parametrize("wrong", [[100, 40, 40], [30, 10, 40], [-5, 2**30, 40], [0, 0, 0]], ids=str)
+def test_ends_that_are_wrong_reach_no_other_memory(wrong: list[int]):
+    """The rows are a part of a longer tensor, in which all other rows stay as they are."""
+    whole = numbers(200, 32, dtype=torch.float16)
+    before, own = whole.clone(), whole[80:120]
+    ends, b = torch.tensor(wrong).int(), numbers(3, 32, 4, dtype=torch.float16)
+    low = numbers(40, 4, dtype=torch.float16)
+    lora.launch_expand(own, low, b, ends, out=own)
+    assert torch.equal(whole[:80], before[:80]) and torch.equal(whole[120:], before[120:])
+    assert not torch.equal(own, before[80:120])
+    assert lora.launch_outer(low, own, 3, ends, torch.float32).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

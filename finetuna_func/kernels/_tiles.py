@@ -2,8 +2,10 @@
 
 Rows of one adapter are next to one another. Either each of N adapters has as many (a stack), or ``ends``, int32
 ``(N,)`` on the device, says after which row each adapter's rows end, as ``offs`` of ``torch._grouped_mm``; a row
-belongs to exactly one adapter, and the last one's reach to the end. A tile never spans two adapters. With ``ends`` the
-number of tiles is not known on the host, so a few programs more than needed are started.
+belongs to exactly one adapter, and the last one's reach to the end. That they do not decrease is not checked, since
+it would wait for the device: wrong ends give wrong numbers, though never an access outside the tensors. A tile never
+spans two adapters. With ``ends`` the number of tiles is not known on the host, so a few programs more than needed are
+started.
 """
 
 from __future__ import annotations
@@ -19,15 +21,22 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def rows_of_adapters(ends, total, n, N_POW2: tl.constexpr):
+    """Returns all adapters' numbers, first rows and the rows after their last; never rows that there are not."""
+    adapter = tl.arange(0, N_POW2)
+    end = tl.load(ends + adapter, mask=adapter < n - 1, other=total)
+    start = tl.load(ends + adapter - 1, mask=(adapter > 0) & (adapter < n), other=0)
+    start = tl.where(adapter < n, start, total)
+    return adapter, tl.minimum(tl.maximum(start, 0), total), tl.minimum(tl.maximum(end, 0), total)
+
+
+@triton.jit
 def adapter_tile(
     tile, ends, total, rows, n, BLOCK: tl.constexpr, N_POW2: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
     """Returns a tile's adapter, its first row, and the row after the adapter's last; no rows if it is one too many."""
     if RAGGED:
-        adapter = tl.arange(0, N_POW2)
-        end = tl.load(ends + adapter, mask=adapter < n - 1, other=total)
-        start = tl.load(ends + adapter - 1, mask=(adapter > 0) & (adapter < n), other=0)
-        start = tl.where(adapter < n, start, total)
+        adapter, start, end = rows_of_adapters(ends, total, n, N_POW2)
         tiles = (tl.maximum(end - start, 0) + BLOCK - 1) // BLOCK
         before = tl.cumsum(tiles, 0) - tiles
         mine = (before <= tile) & (tile < before + tiles)
@@ -48,10 +57,7 @@ def tiles_of_adapter(
 ):  # fmt: skip
     """Returns an adapter's first tile and how many it has."""
     if RAGGED:
-        adapter = tl.arange(0, N_POW2)
-        end = tl.load(ends + adapter, mask=adapter < n - 1, other=total)
-        start = tl.load(ends + adapter - 1, mask=(adapter > 0) & (adapter < n), other=0)
-        start = tl.where(adapter < n, start, total)
+        adapter, start, end = rows_of_adapters(ends, total, n, N_POW2)
         tiles = (tl.maximum(end - start, 0) + BLOCK - 1) // BLOCK
         first = tl.sum(tl.where(adapter < own, tiles, 0), 0)
         count = tl.sum(tl.where(adapter == own, tiles, 0), 0)

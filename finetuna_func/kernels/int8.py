@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finetuna_func.kernels._tiles import INTERPRETED, processors, rank_block, sum_tiles
+from finetuna_func.kernels._tiles import INTERPRETED, processors, rank_block, rows_of_adapters, sum_tiles
 from finetuna_func.kernels.lora import expand_adjoint
 
 
@@ -70,9 +70,7 @@ def _matmul_kernel(
     if LORA and split == 0:
         rank = tl.arange(0, BLOCK_R)
         if RAGGED:
-            adapter = tl.arange(0, N_POW2)
-            end = tl.load(ends + adapter, mask=adapter < n - 1, other=rows)
-            begin = tl.load(ends + adapter - 1, mask=(adapter > 0) & (adapter < n), other=0)
+            adapter, begin, end = rows_of_adapters(ends, rows, n, N_POW2)
             first = tl.sum(((adapter < n - 1) & (end <= tile_m * BLOCK_M)).to(tl.int32), 0)
             last = tl.sum(((adapter < n - 1) & (end < tl.minimum(tile_m * BLOCK_M + BLOCK_M, rows))).to(tl.int32), 0)
         else:
