@@ -135,7 +135,8 @@ def main() -> None:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
     rate = copy_rate()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, rank {args.rank}, bfloat16; copy {rate:.0f} GB/s")
+    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    print(f"{device}, rank {args.rank}, bfloat16; a copy {rate:.0f} GB/s")
     rows: list[Row] = []
     for n, batch, tokens in LAYOUTS:
         for width in WIDTHS:
@@ -157,7 +158,7 @@ def main() -> None:
                     row = Row(product, shape, name, timed(run), 0.0, error(run(0), exact))
                     row.gb_per_s = gb / row.us * 1e6
                     rows.append(row)
-                    print(f"{product:8s} {shape:28s} {name:32s} {row.us:8.1f} us {row.gb_per_s:6.0f} GB/s of {rate:.0f}  "
+                    print(f"{product:8s} {shape:28s} {name:32s} {row.us:8.1f} us {row.gb_per_s:6.0f} GB/s  "
                           f"error {row.error:.1e}", flush=True)  # fmt: skip
     if args.json:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)

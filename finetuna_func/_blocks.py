@@ -12,7 +12,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,9 +118,9 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     """Runs a block through its representative: recomputed in the backward pass, compiled, or both."""
     block: Block = module._ft_block  # type: ignore[assignment]
     compile = call.compile
-    # Where a user compiles all of this, what is around it may differentiate as it likes.
-    own = compile and not torch.compiler.is_compiling() and kernels.available()
-    state = replace(call.of_block(block.path, block.representative_path), kernels=own)
+    state = call.of_block(block.path, block.representative_path)
+    # Not where a user compiles all of this: what is around it may differentiate as it likes.
+    state.kernels = compile and not torch.compiler.is_compiling() and kernels.available()
 
     def pure(leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         # The backward pass comes here again, when the call is over: all that the block knows is set and unset.
