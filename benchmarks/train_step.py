@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens per row")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--only", default="", help="comma-separated parts of variants' names; default all")
+    parser.add_argument("--only", default="", help="comma-separated parts of variants' names, or =name; default all")
     parser.add_argument("--profile", default="", help="part of a variant's name: print its kernels by time")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
@@ -284,7 +284,7 @@ def main() -> None:
     wanted = [part for part in args.only.split(",") if part]
     rows = []
     for name, make in variants.items():
-        if wanted and not any(part in name for part in wanted):
+        if wanted and not any(part == f"={name}" or part in name for part in wanted):
             continue
         if name.startswith("PEFT bf16"):
             model = llama(args.layers, device)  # PEFT changes the module it is given
