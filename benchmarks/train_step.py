@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens per row")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--only", default="", help="comma-separated parts of variants' names, or =name; default all")
+    parser.add_argument("--only", default="", help="parts of variants' names, or =name, with ; between them; default all")
     parser.add_argument("--profile", default="", help="part of a variant's name: print its kernels by time")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
@@ -281,7 +281,7 @@ def main() -> None:
             peft_model(llm_int8(llama(args.layers, device))), ids, compiled=False
         ),
     }
-    wanted = [part for part in args.only.split(",") if part]
+    wanted = [part for part in args.only.split(";") if part]
     rows = []
     for name, make in variants.items():
         if wanted and not any(part == f"={name}" or part in name for part in wanted):
