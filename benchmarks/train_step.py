@@ -225,7 +225,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens per row")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--only", default="", help="parts of variants' names, or =name, with ; between them; default all")
+    parser.add_argument(
+        "--only", default="", help="parts of variants' names, or =name, with ; between them; default all"
+    )
     parser.add_argument("--profile", default="", help="part of a variant's name: print its kernels by time")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
@@ -247,14 +249,19 @@ def main() -> None:
     )
 
     int8 = ft.quantize_base_model(model)
-    bf16 = ft.quantize_base_model(model, modules_not_to_quantize=".*") if "bf16" in args.only or not args.only else int8
-    if args.only and "PEFT" not in args.only:
-        model = None  # so that the peak is that of the base
+    del model  # so that a peak is that of a row's own
+
+    def bf16() -> ft.Base:
+        return ft.quantize_base_model(llama(args.layers, device), modules_not_to_quantize=".*")
+
+    def peft_bf16() -> nn.Module:
+        return peft_model(llama(args.layers, device))
+
     variants: dict[str, Callable[[], Callable[[], Any]]] = {
         "ours int8 eager": lambda: ours(int8, ids),
-        "ours bf16 eager": lambda: ours(bf16, ids),
+        "ours bf16 eager": lambda: ours(bf16(), ids),
         "ours int8 blocks compiled": lambda: ours(int8, ids, compile="blocks"),
-        "ours bf16 blocks compiled": lambda: ours(bf16, ids, compile="blocks"),
+        "ours bf16 blocks compiled": lambda: ours(bf16(), ids, compile="blocks"),
         "ours int8 blocks compiled, remat": lambda: ours(int8, ids, compile="blocks", remat="blocks"),
         "ours int8 blocks compiled, step with AdamW": lambda: ours(
             int8, ids, route="step", compile="blocks", cuda_graph=False
@@ -273,10 +280,10 @@ def main() -> None:
         "ours int8 whole compiled, CUDA graphs": lambda: ours(int8, ids, route="whole", mode="reduce-overhead"),
         "ours int8 eager vmapped": lambda: ours(int8, ids, route="vmapped"),
         "ours int8 raw vmap(grad)": lambda: ours(int8, ids, route="raw"),
-        "PEFT bf16 eager, loop": lambda: peft_step(peft_model(model), ids, compiled=False),
-        "PEFT bf16 compiled, loop": lambda: peft_step(peft_model(model), ids, compiled=True),
-        "PEFT bf16 eager, one adapter": lambda: peft_step(peft_model(model), one, compiled=False),
-        "PEFT bf16 compiled, one adapter": lambda: peft_step(peft_model(model), one, compiled=True),
+        "PEFT bf16 eager, loop": lambda: peft_step(peft_bf16(), ids, compiled=False),
+        "PEFT bf16 compiled, loop": lambda: peft_step(peft_bf16(), ids, compiled=True),
+        "PEFT bf16 eager, one adapter": lambda: peft_step(peft_bf16(), one, compiled=False),
+        "PEFT bf16 compiled, one adapter": lambda: peft_step(peft_bf16(), one, compiled=True),
         "PEFT + LLM.int8 eager, loop": lambda: peft_step(
             peft_model(llm_int8(llama(args.layers, device))), ids, compiled=False
         ),
@@ -286,8 +293,6 @@ def main() -> None:
     for name, make in variants.items():
         if wanted and not any(part == f"={name}" or part in name for part in wanted):
             continue
-        if name.startswith("PEFT bf16"):
-            model = llama(args.layers, device)  # PEFT changes the module it is given
         torch._dynamo.reset()
         try:
             rows.append(measure(name, make, ids.numel(), ceiling_ms, args.repeats))
