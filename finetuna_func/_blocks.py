@@ -20,7 +20,6 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-from finetuna_func import kernels
 from finetuna_func._filters import join_name
 from finetuna_func._hf import records_inside_blocks
 from finetuna_func._layers import LEAF_NAMES, Binding, Call
@@ -123,8 +122,6 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     again = call.remat and not compile  # the compiler does it otherwise
     function = compiled(block.representative, _call, remat=call.remat) if compile else _call
     state = call.of_block(block.path, block.representative_path)
-    # Not where a user compiles all of this: what is around it may differentiate as it likes.
-    state.kernels = compile and not torch.compiler.is_compiling() and kernels.available()
 
     def pure(leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         # The backward pass may come here again, when the call is over: all that the block knows is set and unset.

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import TransformType, get_interpreter_stack  # type: ignore[import-not-found]
 
-from finetuna_func import _random, kernels
+from finetuna_func import _random
 from finetuna_func._ops import compute_dtype, frozen_matmul
 from finetuna_func._quant import SUFFIXES, Scheme
 from finetuna_func._types import AdapterKind
@@ -87,7 +87,6 @@ class Call:
     pure: bool = True  # whether a call runs at all, and not a module that `to_module` gave away
     remat: bool = False  # whether blocks are computed again in the backward pass
     compile: bool = False  # whether blocks are compiled
-    kernels: bool = False  # whether this is a block that is being compiled, for first derivatives, where Triton is
     part: Part = "all"  # of a model with a head: the body without the head, or the head without the body
     body_output: Any = None  # what the body returned, or stands for what it returns
     causal: Tensor | None = None  # a mask that blocks take for none: see `_hf.causal_mask`
@@ -430,7 +429,7 @@ def _add_lora(layer: nn.Module, leaves: Leaves, x: Tensor, y: Tensor) -> Tensor:
     b = (b * scale.unsqueeze(-1).unsqueeze(-1)).to(y.dtype)  # not the product, which is larger, and rounded already
     low = _low_rank(layer, leaves, x, y.dtype)
     if torch.compiler.is_compiling():
-        out = kernels.expand(y, low, b) if call.kernels and kernels.fits(y, low, b) else _plus_by_rows(y, low, b)
+        out = _plus_by_rows(y, low, b)
     elif b.ndim == 2:
         out = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), b.T).reshape(y.shape)
     else:
