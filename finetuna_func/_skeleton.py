@@ -40,7 +40,7 @@ from finetuna_func._hf import (
     with_bias_per_row,
     with_mapped_root,
 )
-from finetuna_func._layers import Binding, Call, Context, LayerType, float_weight, layer_type, leaves_of
+from finetuna_func._layers import Binding, Call, Context, LayerType, float_weight, layer_type, leaves_of, seen_weight
 from finetuna_func._quant import Scheme
 from finetuna_func._types import MATRIX, WeightForm
 from finetuna_func._unpack import Packing, ready_codes
@@ -148,10 +148,10 @@ class Skeleton:
                     shape = (matrix.shape[0], matrix.shape[1])
                 groups = int(getattr(module, "groups", 1))
                 layers[path] = Layer(path, kind, shape, dtype, scheme, _form(kind, module), groups)
-                ndim = 2 if weight is None else weight.ndim
+                weight_shape = (0, 0) if weight is None else tuple(weight.shape)
                 ndims = {name: leaf.ndim for name, leaf in module._parameters.items() if leaf is not None}
                 module._ft = Binding(  # type: ignore[assignment]
-                    path, kind, scheme or default_scheme, dtype, ndim, call, ndims, path in folded
+                    path, kind, scheme or default_scheme, dtype, weight_shape, call, ndims, path in folded
                 )
                 module.__class__ = _reinterpreted(type(module), kind)
             elif has_shared_bias(module):
@@ -357,7 +357,10 @@ def _reinterpreted(cls: type[nn.Module], kind: LayerType) -> type[nn.Module]:
         # The class's own forward runs, and its super().forward is the reinterpreted one, by method order.
         parent = _reinterpreted(kind.extends, replace(kind, extends=None))
         return type(f"Functional{cls.__name__}", (cls, parent), {"__module__": cls.__module__})
-    return type(f"Functional{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
+    members: dict[str, Any] = {"forward": forward, "__module__": cls.__module__}
+    if kind.adapter is not None:
+        members["weight"] = property(seen_weight)
+    return type(f"Functional{cls.__name__}", (cls,), members)
 
 
 @functools.cache
