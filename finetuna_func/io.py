@@ -4,7 +4,7 @@
     adapter_config.json         what `peft.PeftModel.from_pretrained` reads
     finetuna.json               base fingerprint, exact spec and constants; ignored by others
 
-A save appears whole or not at all. Nothing is ever unpickled.
+A save appears whole or not at all, and equal finetunes are the same bytes. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def save(path: str | os.PathLike[str], tuned: Finetuned) -> Path:
         # Copies: safetensors refuses tensors that share memory.
         stored = tensors_for_peft(tuned, fused)
         tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in stored.items()}
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt", "finetuna_base": tuned.spec.base})
+        # One entry: safetensors writes several in any order, and equal finetunes are to be equal files.
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         unsaid = beyond_peft(tuned)
         if unsaid:
             logger.warning("%s: no %s is written, since PEFT cannot express %s.", target, PEFT_CONFIG, unsaid)

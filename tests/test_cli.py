@@ -73,7 +73,7 @@ def trained(home) -> Path:
 
 
 def tensors(run: Path) -> dict[str, dict[str, bytes]]:
-    """The bytes of every tensor of every adapter. (The order of a file's metadata is anybody's guess.)"""
+    """The bytes of every tensor of every adapter."""
     files = sorted(run.rglob("adapter_model.safetensors"))
     return {f.parent.name: {k: t.numpy().tobytes() for k, t in load_file(f).items()} for f in files}
 
