@@ -27,7 +27,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack  # type: ig
 
 from finetuna_func._blocks import mark_blocks
 from finetuna_func._body import mark_body_and_head
-from finetuna_func._filters import join_name
+from finetuna_func._filters import join_name, split_name
 from finetuna_func._hf import (
     cap_scores,
     has_shared_bias,
@@ -42,7 +42,7 @@ from finetuna_func._hf import (
 )
 from finetuna_func._layers import Binding, Call, Context, LayerType, float_weight, layer_type, leaves_of, seen_weight
 from finetuna_func._quant import Scheme
-from finetuna_func._types import MATRIX, WeightForm
+from finetuna_func._types import MATRIX, Follower, Spec, WeightForm
 from finetuna_func._unpack import Packing, ready_codes
 
 logger = logging.getLogger(__name__)
@@ -204,6 +204,19 @@ class Skeleton:
     def state_names(self) -> tuple[str, ...]:
         """Returns the names in the model's ``state_dict``: parameters and persistent buffers."""
         return tuple(self._module.state_dict())
+
+    def completed(self, spec: Spec) -> Spec:
+        """Returns the spec with what follows from it and the model: parts of packed parameters, and tied ones."""
+        parts = {part for packing in self.packings.values() for part in packing.parts}
+        adapted = {join_name(adapter.path, "weight") for adapter in spec.adapters}
+        followers: list[Follower] = []
+        for name, of in self.ties.items():
+            if name not in adapted and name not in spec.plain and (of in adapted or of in spec.plain):
+                path, own = split_name(name)
+                layer = self.layers.get(path) if own == "weight" else None
+                followers.append(Follower(name, of, layer.type.adapter if layer is not None else None))
+        packed = tuple(name for name in spec.plain if name in parts)
+        return replace(spec, packed=packed, followers=tuple(followers))
 
     @contextmanager
     def calling(self, *, masked: bool = False, on_cpu: bool = False, **fields: Any) -> Iterator[tuple[nn.Module, Call]]:
