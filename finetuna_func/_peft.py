@@ -117,7 +117,7 @@ def _leaves(adapter: AdapterSpec) -> list[str]:
 
 
 def second_names(spec: Spec) -> dict[str, tuple[str, bool]]:
-    """Returns what the file holds a second time, since to PEFT tied weights are two: which parameter, and if transposed.
+    """Returns what the file holds again, since to PEFT tied weights are two: the parameter, and whether transposed.
 
     A table's update is its head's, transposed: the factors change places.
     """

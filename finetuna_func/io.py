@@ -66,9 +66,10 @@ def save(path: str | os.PathLike[str], tuned: Finetuned) -> Path:
     """Returns the folder it wrote: the finetune in PEFT's format.
 
     An earlier save in the same folder is replaced; any other folder is left alone. The experts of a fused
-    parameter are saved as PEFT's ``target_parameters``, and what is tied to a trained layer under both names. What PEFT cannot express (DoRA on some layers
-    only, experts of different ranks or trained directly, layers inside ``nn.MultiheadAttention``, convolutions with
-    dilation) is saved for `load` alone: the log says so, and the file that PEFT looks for is not written.
+    parameter are saved as PEFT's ``target_parameters``, and what is tied to a trained layer under both names. What
+    PEFT cannot express (DoRA on some layers only, experts of different ranks or trained directly, layers inside
+    ``nn.MultiheadAttention``, convolutions with dilation) is saved for `load` alone: the log says so, and the file
+    that PEFT looks for is not written.
 
     Args:
         path: The folder to write.

@@ -27,7 +27,10 @@ GRID = ("learning_rate", "rank", "alpha", "dropout", "seed")
 def sweep(
     ctx: typer.Context,
     base: o.BaseOption = None,
-    data: Annotated[Path | None, o._option("Files", "File to train on: .jsonl, .json or .txt.", "--data")] = None,
+    data: Annotated[
+        Path | None,
+        o._option("Files", "File to train on: .jsonl, .json, .txt, .parquet, or a folder of `datasets`.", "--data"),
+    ] = None,
     out: o.OutOption = None,
     config: o.ConfigOption = None,
     resume: o.ResumeOption = False,

@@ -19,7 +19,10 @@ def train(
     data: Annotated[
         list[Path] | None,
         o._option(
-            "Files", "File to train an adapter on: .jsonl, .json or .txt. Repeat: each gets an adapter.", "--data"
+            "Files",
+            "File to train an adapter on: .jsonl, .json, .txt, .parquet, or a folder of `datasets`. Repeat: each gets "
+            "one.",
+            "--data",
         ),
     ] = None,
     out: o.OutOption = None,
