@@ -30,6 +30,7 @@ from finetuna_func.cli._base import open_base
 from finetuna_func.cli._logs import read_log
 
 ROOT = Path(__file__).parents[1]
+ADAM = ft.optim.adamw(1e-3)
 COMMANDS = ["quantize", "train", "sweep", "eval", "generate", "merge", "export", "inspect"]
 
 
@@ -462,6 +463,86 @@ def test_a_sweep_is_ranked(home, tmp_path):
     before = (tmp_path / "sweep/sweep.csv").read_bytes()
     call("sweep", "--out", tmp_path / "sweep", "--resume")
     assert (tmp_path / "sweep/sweep.csv").read_bytes() == before
+
+
+def test_a_sweep_in_parts_is_the_sweep(home, tmp_path):
+    """Stack after stack, killed in the second: the numbers of one stack, up to the order of its sums."""
+    grid = ["--lr", 1e-4, "--lr", 1e-2, "--rank", 2, "--rank", 4, "--seed", 3, "--epochs", 2, "--dropout", 0]
+    arguments = ["sweep", "--base", home / "base", "--data", home / "poems.jsonl", *grid, "--save-every", 1]
+    call(*arguments, "--out", tmp_path / "whole")
+    parts = [*arguments, "--at-once", 3, "--out", tmp_path / "parts"]
+    process = start(parts)
+    wait_for(process, tmp_path / "parts/part-2/log.csv", 4)
+    process.kill()
+    process.wait()
+    text = call("sweep", "--out", tmp_path / "parts", "--resume")
+    assert "Stack 1 of 2: 2 of 4 adapters" in text and "Going on after step" in text
+    tables = []
+    for name in ("whole", "parts"):
+        with (tmp_path / name / "sweep.csv").open() as file:
+            tables.append(list(csv.DictReader(file)))
+        lines = read_log(tmp_path / name / "log.csv")
+        assert len(lines) == 4 * 11 and len({line.adapter for line in lines}) == 4
+    assert [row["adapter"] for row in tables[0]] == [row["adapter"] for row in tables[1]]
+    own, other = (torch.tensor([float(row["held out"]) for row in table]) for table in tables)
+    torch.testing.assert_close(own, other, rtol=0, atol=1e-4)
+    assert own[-1] - own[0] > 0.1
+    base = open_base(home / "base", "cpu")
+    for row in tables[0]:
+        one, two = (ft.load(tmp_path / name / row["adapter"], base) for name in ("whole", "parts"))
+        moved = 0.0
+        for name, leaf in one.params.items():
+            # Adam's steps are of the size of the rate, whatever the gradient's; ten of them, some turned by rounding.
+            torch.testing.assert_close(two.params[name], leaf, rtol=0, atol=0.2 * float(row["rate"]))
+            moved = max(moved, float(leaf.abs().max()) if name.endswith("lora_b") else 0.0)
+        assert moved > 2 * float(row["rate"])
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {
+        *(path.name for path in (tmp_path / "whole").iterdir() if path.name != "checkpoint.safetensors"),
+        *("part-1", "part-2"),
+    }
+    yaml_of = yaml.safe_load((tmp_path / "parts/config.yaml").read_text())
+    assert yaml_of["at_once"] == 3 and yaml.safe_load((tmp_path / "whole/config.yaml").read_text())["at_once"] == 4
+    assert "expected at least 1" in call(*arguments, "--at-once", 0, "--out", tmp_path / "x", code=2)
+    text = call(*arguments, "--at-once", 1, "--rank", 99, "--out", tmp_path / "x", code=1)
+    assert "rank" in text and not (tmp_path / "x").exists()
+
+
+def test_as_many_at_once_as_memory_holds(home, monkeypatch):
+    from finetuna_func.cli._parts import SPARE, fitting, parts_of
+    from finetuna_func.data import Sample
+    from finetuna_func.train import Settings, Task
+
+    base, row = open_base(home / "base", "cpu"), (Sample(tuple(range(64)), (True,) * 64),)
+    tasks = [Task(f"{r}-{i}", [row], adapter=ft.LinearAdapterConfig(r=r)) for i in range(4) for r in (2, 8)]
+
+    def fit(available: int | None) -> int:
+        return fitting(base, tasks, Settings(batch_size=2), None, (), available=available)
+
+    assert fit(None) == 8  # on the CPU, where memory is not asked for
+    # Three adapters of the highest rank, by what a step of them takes and two copies of them and their moments.
+    three = ft.stack([ft.new_finetuned(base, plain_layers=(), linear_config=ft.LinearAdapterConfig(r=8))] * 3)
+    report = ft.memory_report(base, three, (3, 2, 64), tx=ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ADAM))
+    # The default adapts every linear layer; `new_finetuned` the table too.
+    needed = int((report.peak + 2 * report.adapters + report.optimizer) / SPARE)
+    assert 2 <= fit(needed) <= 4 and fit(needed // 2) < fit(needed) < fit(2 * needed) <= 8
+    with pytest.raises(MemoryError, match="this step needs"):
+        fit(base.nbytes)
+
+    asked = []
+
+    def of_100_each(base: Any, stacked: Any, shape: Any, **options: Any) -> ft.MemoryReport:
+        asked.append((shape, max(member.adapters[0].config.r for member in stacked.spec.members)))
+        return ft.MemoryReport(0, 0, 0, 0, 0, 0, peak=100 * shape[0])
+
+    monkeypatch.setattr(ft, "memory_report", of_100_each)
+    for available, expected in ((99, None), (100, 1), (399, 3), (400, 4), (799, 7), (800, 8), (10**9, 8)):
+        if expected is None:
+            with pytest.raises(MemoryError):
+                fit(int(available / SPARE))
+        else:
+            assert fit(-int(-available // SPARE)) == expected
+    assert {shape[1:] for shape, _ in asked} == {(2, 64)} and {rank for _, rank in asked} == {8}
+    assert parts_of(8, 3) == [[0, 1, 2], [3, 4, 5], [6, 7]] and parts_of(3, 8) == [[0, 1, 2]]
 
 
 # --- eval, generate -------------------------------------------------------------------------------

@@ -130,6 +130,14 @@ PackOption = Annotated[bool, _option("Data", "Put several short examples in a ro
 CompletionOption = Annotated[
     bool, _option("Data", "Learn only completions and the assistant's turns, or every token of prompts too.")
 ]
+AtOnceOption = Annotated[
+    int | None,
+    _option(
+        "Steps",
+        "Adapters in one stack; where there are more, stack after stack is trained. [default: all; on CUDA, as many as "
+        "its memory holds]",
+    ),
+]
 SaveEveryOption = Annotated[int, _option("Files", "Steps between checkpoints, from which --resume goes on.")]
 TensorboardOption = Annotated[bool, _option("Files", "Write OUT/tensorboard too.")]
 ResumeOption = Annotated[

@@ -60,6 +60,7 @@ def sweep(
     clip: o.ClipOption = 1.0,
     remat: o.RematOption = False,
     compile: o.CompileOption = False,
+    at_once: o.AtOnceOption = None,
     eval_data: Annotated[
         Path | None, o._option("Evaluation", "File to evaluate on, in place of --eval-fraction.", "--eval-data")
     ] = None,
@@ -123,7 +124,7 @@ def as_run(values: dict[str, Any]) -> dict[str, Any]:
 def report(finished: Finished, values: dict[str, Any]) -> None:
     """Prints the adapters from best to worst, and writes the same as a table and a picture."""
     tasks, out = finished.tasks, finished.config.out
-    losses, status = finished.state.best_loss.tolist(), finished.state.status.tolist()
+    losses, status = finished.best_loss, finished.status
     order = sorted(range(len(tasks)), key=lambda i: (losses[i], i))
     rows = []
     for place, i in enumerate(order, 1):
@@ -163,9 +164,8 @@ def plot_sweep(finished: Finished, values: dict[str, Any], path: Path) -> None:
     """Draws the loss on what is held out over the learning rate, a line for each rank and alpha, a point a seed."""
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
     axes = figure.add_subplot()
-    losses = finished.state.best_loss.tolist()
     groups: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
-    for task, loss in zip(finished.tasks, losses, strict=True):
+    for task, loss in zip(finished.tasks, finished.best_loss, strict=True):
         if math.isfinite(loss):
             key = (task.adapter.r, task.adapter.alpha, task.adapter.dropout)
             groups.setdefault(key, []).append((task.learning_rate, loss))

@@ -56,6 +56,7 @@ def train(
     clip: o.ClipOption = 1.0,
     remat: o.RematOption = False,
     compile: o.CompileOption = False,
+    at_once: o.AtOnceOption = None,
     eval_data: o.EvalDataOption = None,
     eval_fraction: Annotated[float, o._option("Evaluation", "Share of the examples to hold out.")] = 0.0,
     eval_every: o.EvalEveryOption = None,
