@@ -278,7 +278,7 @@ def execute(values: Mapping[str, Any], config: RunConfig, console: Console) -> F
         widest = sorted(range(len(tasks)), key=lambda i: tasks[i].adapter.r)[-1:] if len(parts) > 1 else []
         fresh(base, [tasks[i] for i in widest or parts[0]], config.adapt or None, config.plain)
     except ValueError as error:  # the library speaks of its own arguments
-        raise ValueError(str(error).replace("adapt_layers", "--adapt").replace("plain_layers", "--plain")) from error
+        raise ValueError(_in_flags(str(error))) from error
     save_options(config.out, {**values, "at_once": at_once})
     with _alone(config.out):
         finished = Finished(config, tasks, [], [])
@@ -287,7 +287,9 @@ def execute(values: Mapping[str, Any], config: RunConfig, console: Console) -> F
             folder = config.out / f"part-{number}" if len(parts) > 1 else config.out
             if len(parts) > 1:
                 folder.mkdir(exist_ok=True)
-                console.print(f"[bold]Stack {number} of {len(parts)}: {len(part)} of {len(tasks)} adapters[/]")
+                console.print(
+                    f"[bold]Stack {number} of {len(parts)}: {len(part)} of {len(tasks)} adapters[/]", highlight=False
+                )
             state = start(own, fresh(base, own, config.adapt or None, config.plain))
             state = _train(base, config, own, settings, state, folder, console)
             for task, tuned in zip(own, results(state, keep_best=config.keep_best), strict=True):
@@ -301,6 +303,16 @@ def execute(values: Mapping[str, Any], config: RunConfig, console: Console) -> F
         title = f"{len(tasks)} adapters on {config.base.name}" if len(tasks) > 1 else f"{tasks[0].name}"
         plot_curves(lines, [task.name for task in tasks], config.out / CURVES, title)
     return finished
+
+
+def _in_flags(message: str) -> str:
+    for argument, flag in (
+        ("adapt_layers", "--adapt"),
+        ("plain_layers", "--plain"),
+        ("linear_config: rank", "--rank:"),
+    ):
+        message = message.replace(argument, flag)
+    return message
 
 
 def _train(
@@ -331,7 +343,7 @@ def _train(
                     seconds, begun = time.perf_counter() - begun, time.perf_counter()
                     logs.write(report, seconds)
                     logged = state
-                    display.show(state, report, seconds)
+                    display.show(state, report)
                     if state.step % config.save_every == 0:
                         save_state(checkpoint, state, **identity)
                         saved = state.step

@@ -16,9 +16,10 @@ from rich.markup import escape
 
 from finetuna_func.cli import _options as o
 from finetuna_func.cli._app import app, console
-from finetuna_func.cli._display import STATUS_NAMES, table_of
-from finetuna_func.cli._logs import COLOURS, save_figure, write_text
+from finetuna_func.cli._display import STATUS, STATUS_NAMES, table_of
+from finetuna_func.cli._logs import colours, save_figure, write_text
 from finetuna_func.cli._run import Finished, execute, run_config, settled
+from finetuna_func.train import Task
 
 GRID = ("learning_rate", "rank", "alpha", "dropout", "seed")
 
@@ -143,21 +144,36 @@ def report(finished: Finished, values: dict[str, Any]) -> None:
                 STATUS_NAMES[status[i]],
             ]
         )
-    headings = ["", "adapter", "rate", "rank", "alpha", "dropout", "seed", "held out", "perplexity", "status"]
-    best = [[f"[bold green]{escape(cell)}[/]" for cell in row] for row in rows[:1]]
-    shown = best + [[escape(cell) for cell in row] for row in rows[1:]]
-    columns = (0, 1, 7, 8, 9)  # the name says the rest
+    headings = ["place", "adapter", "rate", "rank", "alpha", "dropout", "seed", "held out", "perplexity", "status"]
+    columns = (0, 1, 7, 8)  # the name says the rest
+    shown = [[*(escape(row[k]) for k in columns), STATUS[status[i]]] for i, row in zip(order, rows, strict=True)]
+    shown[0][:-1] = [f"[bold green]{cell}[/]" for cell in shown[0][:-1]]
     title = "From best to worst on what is held out"
-    console().print(
-        table_of(title, [headings[k] for k in columns], [[row[k] for k in columns] for row in shown], left=2)
-    )
+    console().print(table_of(title, [*(headings[k] for k in columns), ""], shown, left=2))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["place", *headings[1:]])
+    writer.writerow(headings)
     writer.writerows([["" if cell == "–" else cell for cell in row] for row in rows])
     write_text(out / "sweep.csv", text.getvalue())
     plot_sweep(finished, values, out / "sweep.png")
-    console().print(f"The best is {escape(str(out / tasks[order[0]].name))}.", highlight=False, soft_wrap=True)
+    best = tasks[order[0]]
+    lines = [
+        f"The best is {escape(str(out / best.name))}.",
+        *_beyond(best, values),
+        f"Table and picture: {escape(str(out / 'sweep.png'))}",
+    ]
+    console().print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _beyond(best: Task, values: dict[str, Any]) -> list[str]:
+    """Says so where the best is at an edge of the grid, as there may be a better one beyond."""
+    found = []
+    for name, own in (("learning rate", best.learning_rate), ("rank", best.adapter.r)):
+        grid = sorted(values[name.replace(" ", "_")])
+        if len(grid) > 1 and own in (grid[0], grid[-1]):
+            edge, more = ("lowest", "lower") if own == grid[0] else ("highest", "higher")
+            found.append(f"Its {name}, {own:g}, is the {edge} of the grid; a {more} one may be better.")
+    return found
 
 
 def plot_sweep(finished: Finished, values: dict[str, Any], path: Path) -> None:
@@ -171,7 +187,7 @@ def plot_sweep(finished: Finished, values: dict[str, Any], path: Path) -> None:
             groups.setdefault(key, []).append((task.learning_rate, loss))
     several = [len({key[k] for key in groups}) > 1 for k in range(3)]
     several[1] &= bool(values["alpha"])  # else it follows from the rank
-    for n, (key, points) in enumerate(sorted(groups.items())):
+    for (key, points), colour in zip(sorted(groups.items()), colours(len(groups)), strict=True):
         label = ", ".join(
             f"{what} {value:g}"
             for what, value, is_one in zip(("rank", "alpha", "dropout"), key, several, strict=True)
@@ -179,9 +195,11 @@ def plot_sweep(finished: Finished, values: dict[str, Any], path: Path) -> None:
         )
         rates = sorted({rate for rate, _ in points})
         means = [_mean([loss for own, loss in points if own == rate]) for rate in rates]
-        colour = COLOURS[n % len(COLOURS)]
         axes.plot(rates, means, "-", color=colour, label=label or None, linewidth=1.8)
         axes.plot(*zip(*points, strict=True), "o", color=colour, markeredgecolor="w", markersize=7)
+    for rate, loss in sorted(itertools.chain(*groups.values()), key=lambda point: point[1])[:1]:
+        ring = {"markeredgecolor": "0.2", "markeredgewidth": 1.5, "markersize": 14, "color": "none"}
+        axes.plot(rate, loss, "o", label=f"the best, {loss:.3f}", **ring)
     axes.set_xscale("log")
     rates = sorted(set(values["learning_rate"]))
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
@@ -190,8 +208,8 @@ def plot_sweep(finished: Finished, values: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{len(finished.tasks)} adapters on {finished.config.data[0].name}", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    if any(several):
-        axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize="small")
     save_figure(figure, path)
 
 
