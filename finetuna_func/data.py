@@ -171,7 +171,7 @@ def _read_dataset(path: Path) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as cache:  # which it would otherwise leave in the user's
                 found = list(datasets.Dataset.from_parquet(str(path), cache_dir=cache))
     except Exception as error:  # of many kinds, as the formats below it are
-        raise DataError(f"{path}: datasets cannot read it: {error}; expected {_FILES}.") from error
+        raise DataError(f"{path}: datasets cannot read it: {str(error).rstrip('.')}; expected {_FILES}.") from error
     if isinstance(found, Mapping):
         raise DataError(f"{path}: holds the splits {sorted(found)}; name one of them, such as {path / min(found)}.")
     examples = [dict(example) for example in found]
@@ -194,6 +194,9 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def _parsed(content: str, where: str) -> Any:
     try:
         return json.loads(content)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in content else ""
+        raise DataError(f"{where}: not JSON: {error.msg} at {line}character {error.colno}.") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from error
 

@@ -135,7 +135,7 @@ def test_without_arguments_there_is_help():
             "two are",
         ),
         (["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--lr", "fast"], 2, "--learning-rate"),
-        (["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--lr", -1], 1, "learning_rate=-1.0; expected"),
+        (["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--lr", -1], 2, "--lr"),
         (["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--schedule", "cos"], 2, "'cosine'"),
         (
             ["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--adapt", "q_prj"],
@@ -144,17 +144,36 @@ def test_without_arguments_there_is_help():
         ),
         (["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--patience", 2], 2, "needs --eval-fraction"),
         (["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--eval-fraction", 1], 2, "a share in"),
-        (["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--batch-size", 0], 1, "batch_size=0"),
+        (["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--device", "cuda:99"], 2, "no device that torch"),
+        (["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--device", "gpu"], 2, "expected cpu"),
+        (["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--rank", 99], 1, "--rank: r=99 is larger than"),
+        (["train", "--base", "BASE", "--data", "HOME", "--out", "x"], 1, "datasets cannot read it"),
+        (["quantize", "MODEL", "x", "--device", "gpu"], 2, "no device that torch can use here"),
+        (["quantize", "HOME", "x"], 1, "expected model.safetensors"),
+        (["eval", "--base", "MODEL", "--data", "DATA", "--adapter", "RUN/poems"], 1, "was trained on base"),
+        (
+            ["eval", "--base", "BASE", "--data", "DATA", "--adapter", "RUN"],
+            1,
+            "there are RUN/chats, RUN/poems, RUN/sums",
+        ),
+        (["inspect", "RUN"], 1, "there are RUN/chats, RUN/poems, RUN/sums in it"),
+        (["inspect", "HOME"], 1, "is not the folder of a base, a model or an adapter"),
+        (["inspect", "DATA"], 1, "there is no such folder; expected one of a base, a model or an adapter"),
+        (["export", "--base", "BASE", "--adapter", "RUN/poems", "--adapter", "RUN/sums", "x"], 2, "one at a time"),
+        (["sweep", "--base", "BASE", "--data", "DATA", "--data", "DATA", "--out", "x"], 2, "a sweep is on one file"),
+        (["sweep", "--base", "BASE", "--data", "DATA", "--out", "x", "--rank", 0], 2, "--rank"),
+        (["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--batch-size", 0], 2, "--batch-size"),
         (
             ["train", "--base", "BASE", "--data", "DATA", "--out", "x", "--config", "none.yaml"],
             2,
             "none.yaml cannot be read",
         ),
-        (["eval", "--base", "BASE", "--data", "DATA", "--adapter", "HOME"], 1, "error: load: "),
+        (["eval", "--base", "BASE", "--data", "DATA", "--adapter", "HOME"], 1, "is not the folder of an adapter"),
         (["eval", "--base", "BASE", "--data", "DATA", "--adapter", "no"], 1, "--adapter no: there is no such folder"),
         (["generate", "--base", "BASE", "--prompt", ""], 2, "--prompt: empty"),
         (["generate", "--base", "BASE", "--prompt", "a", "--system", "b"], 2, "--system: needs --chat"),
-        (["generate", "--base", "BASE", "--prompt", "a", "--top-p", 2], 1, "top_p=2.0"),
+        (["generate", "--base", "BASE", "--prompt", "a", "--top-p", 2], 2, "--top-p"),
+        (["generate", "--base", "BASE", "--prompt", "a", "--top-p", 0], 1, "top_p=0.0"),
         (["inspect", "nowhere"], 1, "there is no such folder"),
         (["sweep", "--base", "BASE", "--data", "DATA", "--out", "x", "--rank", 2, "--rank", 2], 2, "there twice"),
         (
@@ -164,14 +183,16 @@ def test_without_arguments_there_is_help():
         ),
         (["quantize", "MODEL", "BASE"], 1, "exists; choose another folder"),
         (["quantize", "MODEL", "x", "--all", "--keep", "q_proj"], 2, "contradicts --keep"),
-        (["quantize", "MODEL", "x", "--scheme", "int7"], 1, "int7"),
+        (["quantize", "MODEL", "x", "--scheme", "int7"], 2, "'blockwise8', 'nf4'"),
         (["quantize", "MODEL", "x", "--keep", "q_prj"], 1, "q_prj"),
     ],
 )
-def test_errors_name_what_is_wrong_and_leave_nothing(home, tmp_path, monkeypatch, arguments, code, message):
+def test_errors_name_what_is_wrong_and_leave_nothing(home, trained, tmp_path, monkeypatch, arguments, code, message):
     monkeypatch.chdir(tmp_path)
     names = {"BASE": home / "base", "DATA": home / "poems.jsonl", "HOME": home, "MODEL": home / "model"}
+    names |= {"RUN": trained} | {f"RUN/{name}": trained / name for name in ("poems", "sums")}
     text = " ".join(call(*(names.get(a, a) for a in arguments), code=code).replace("│", " ").split())
+    text = text.replace(str(trained), "RUN")
     assert message in text
     assert "Traceback" not in text
     assert not list(tmp_path.iterdir())
@@ -244,6 +265,24 @@ def test_a_config_file_is_the_flags(home, trained, tmp_path):
     call("train", "--config", tmp_path / "run.yaml", "--out", tmp_path / "other", "--lr", 1e-3)
     assert tensors(tmp_path / "other") != tensors(trained)
     assert yaml.safe_load((tmp_path / "other/config.yaml").read_text())["learning_rate"] == [1e-3]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": oops}', "a.jsonl, line 2: not JSON: Expecting value at character 10."),
+        ("", "a.jsonl: there is no example in it."),
+        ('{"txt": "a"}', "a.jsonl, example 1: has the keys ['txt']; expected exactly one of"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', 'no message has the role "assistant"'),
+        ('{"prompt": "a", "completion": ["b"]}', '"completion" is a list, expected a string'),
+    ],
+)
+def test_data_files_that_are_refused(home, tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    for command in (["train", "--out", tmp_path / "x"], ["sweep", "--out", tmp_path / "x"], ["eval"]):
+        text = call(*command, "--base", home / "base", "--data", tmp_path / "a.jsonl", code=1)
+        assert message in text.replace("\n", " ") and "Traceback" not in text
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

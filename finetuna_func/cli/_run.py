@@ -215,10 +215,6 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         raise typer.BadParameter("there is --eval-data already; give one of the two.", param_hint="--eval-fraction")
     if values["patience"] is not None and not (values["eval_fraction"] or values["eval_data"]):
         raise typer.BadParameter("needs --eval-fraction or --eval-data to evaluate on.", param_hint="--patience")
-    if values["at_once"] is not None and values["at_once"] < 1:
-        raise typer.BadParameter("expected at least 1.", param_hint="--at-once")
-    if values["save_every"] < 1:
-        raise typer.BadParameter("expected at least 1.", param_hint="--save-every")
     for name in ("base", "out"):
         values[name] = Path(values[name])
     for name in ("data", "eval_data"):

@@ -29,7 +29,7 @@ def sweep(
     ctx: typer.Context,
     base: o.BaseOption = None,
     data: Annotated[
-        Path | None,
+        list[Path] | None,
         o._option("Files", "File to train on: .jsonl, .json, .txt, .parquet, or a folder of `datasets`.", "--data"),
     ] = None,
     out: o.OutOption = None,
@@ -39,18 +39,18 @@ def sweep(
     tensorboard: o.TensorboardOption = False,
     device: o.RunDevice = None,
     learning_rate: Annotated[
-        list[float], o._option("Grid", "Highest learning rate. Repeat for several.", "--learning-rate", "--lr")
+        list[float], o._option("Grid", "Highest learning rate. Repeat for several.", "--learning-rate", "--lr", min=0)
     ] = [3e-4, 1e-3, 3e-3],  # noqa: B006 (typer reads it)
-    rank: Annotated[list[int], o._option("Grid", "Rank. Repeat for several.", "--rank")] = [8],  # noqa: B006
+    rank: Annotated[list[int], o._option("Grid", "Rank. Repeat for several.", "--rank", min=1)] = [8],  # noqa: B006
     alpha: Annotated[
         list[float] | None,
         o._option("Grid", "Numerator of the scale. Repeat for several. [default: twice the rank]", "--alpha"),
     ] = None,
-    dropout: Annotated[list[float], o._option("Grid", "Dropout. Repeat for several.", "--dropout")] = [0.0],  # noqa: B006
-    seed: Annotated[list[int], o._option("Grid", "Seed. Repeat for several.", "--seed")] = [0],  # noqa: B006
-    epochs: Annotated[float, o._option("Steps", "How often to go through the data.")] = 1.0,
-    steps: Annotated[int | None, o._option("Steps", "Steps to take, in place of --epochs.")] = None,
-    max_length: Annotated[int, o._option("Data", "Most tokens in an example.")] = 512,
+    dropout: o.GridDropoutOption = [0.0],  # noqa: B006
+    seed: Annotated[list[int], o._option("Grid", "Seed. Repeat for several.", "--seed", min=0)] = [0],  # noqa: B006
+    epochs: Annotated[float, o._option("Steps", "How often to go through the data.", min=0)] = 1.0,
+    steps: Annotated[int | None, o._option("Steps", "Steps to take, in place of --epochs.", min=1)] = None,
+    max_length: Annotated[int, o._option("Data", "Most tokens in an example.", min=2)] = 512,
     pack: o.PackOption = False,
     completion_only: o.CompletionOption = True,
     batch_size: o.BatchOption = 4,
@@ -65,7 +65,7 @@ def sweep(
     eval_data: Annotated[
         Path | None, o._option("Evaluation", "File to evaluate on, in place of --eval-fraction.", "--eval-data")
     ] = None,
-    eval_fraction: Annotated[float, o._option("Evaluation", "Share of the examples to hold out.")] = 0.1,
+    eval_fraction: Annotated[float, o._option("Evaluation", "Share of the examples to hold out.", min=0, max=1)] = 0.1,
     eval_every: o.EvalEveryOption = None,
     patience: o.PatienceOption = None,
     keep_best: o.KeepBestOption = True,
@@ -80,10 +80,13 @@ def sweep(
     ```
     finetuna sweep --base base --data poems.jsonl --out sweep \
         --lr 3e-4 --lr 1e-3 --lr 3e-3 --rank 4 --rank 16 --seed 0 --seed 1
+    finetuna sweep --base base --data poems.jsonl --out longer \
+        --lr 1e-3 --lr 3e-3 --steps 500 --patience 3 --at-once 1
     ```
 
-    This trains 12 adapters in the time of their batches in one model, prints them from the best to the worst on what is
-    held out, the same examples for all, and draws OUT/sweep.png. Each is kept in OUT.
+    The first trains 12 adapters in the time of their batches in one model, prints them from the best to the worst on
+    what is held out, the same examples for all, and draws OUT/sweep.png. Each is kept in OUT. Where memory does not
+    hold them all, they are trained stack after stack, which comes to the same.
     """
     values, _ = settled(ctx)
     finished = execute(values, run_config(as_run(values)), console())
@@ -92,6 +95,8 @@ def sweep(
 
 def as_run(values: dict[str, Any]) -> dict[str, Any]:
     """Returns the options of the run that trains the whole grid."""
+    if len(values["data"]) > 1:
+        raise typer.BadParameter("a sweep is on one file; run one for each.", param_hint="--data")
     for name in GRID:
         own = values[name] or []
         if len(set(own)) < len(own):
@@ -107,7 +112,7 @@ def as_run(values: dict[str, Any]) -> dict[str, Any]:
     eval_data = [values["eval_data"]] if values["eval_data"] else []
     return {
         **values,
-        "data": [values["data"]] * len(points),
+        "data": values["data"] * len(points),
         "name": names,
         "learning_rate": rates,
         "rank": ranks,
