@@ -173,7 +173,8 @@ def _read_dataset(path: Path) -> list[dict[str, Any]]:
     except Exception as error:  # of many kinds, as the formats below it are
         raise DataError(f"{path}: datasets cannot read it: {str(error).rstrip('.')}; expected {_FILES}.") from error
     if isinstance(found, Mapping):
-        raise DataError(f"{path}: holds the splits {sorted(found)}; name one of them, such as {path / min(found)}.")
+        names = sorted(map(str, found))
+        raise DataError(f"{path}: holds the splits {names}; name one of them, such as {path / names[0]}.")
     examples = [dict(example) for example in found]
     if not examples:
         raise DataError(f"{path}: there is no example in it.")

@@ -541,7 +541,7 @@ def test_a_sweep_in_parts_is_the_sweep(home, tmp_path):
     }
     yaml_of = yaml.safe_load((tmp_path / "parts/config.yaml").read_text())
     assert yaml_of["at_once"] == 3 and yaml.safe_load((tmp_path / "whole/config.yaml").read_text())["at_once"] == 4
-    assert "expected at least 1" in call(*arguments, "--at-once", 0, "--out", tmp_path / "x", code=2)
+    assert "--at-once" in call(*arguments, "--at-once", 0, "--out", tmp_path / "x", code=2)
     text = call(*arguments, "--at-once", 1, "--rank", 99, "--out", tmp_path / "x", code=1)
     assert "rank" in text and not (tmp_path / "x").exists()
 
@@ -738,24 +738,3 @@ def test_the_live_table(home, tmp_path):
     for name, steps in (("poems", 10), ("sums", 7), ("chats", 8)):
         assert any(f"{name} " in line and "━━━━" in line and f" {steps}/{steps} " in line for line in screen.display)
     assert "tokens/s" in shown and shown.count("━━━━") >= 3 and "Adapters, logs and curves are in" in shown
-
-
-# --- on real weights ------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_whole_way_on_real_weights(tmp_path):
-    """examples/cli.sh, which checks at its end that PEFT and the merged model compute the same."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    python = {"PYTHON": sys.executable, "FINETUNA": f"{sys.executable} -m finetuna_func.cli", "STEPS": "6"}
-    script = ["bash", str(ROOT / "examples/cli.sh"), str(tmp_path)]
-    environment = os.environ | python | {"PYTHONPATH": path}
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Going on after step" in done.stdout and "by the merged model" in done.stdout
-    found = {
-        (own["adapter"], Path(own["data"]).stem): own["loss"]
-        for own in json.loads((tmp_path / "eval.json").read_text())
-    }
-    for name in ("milton", "math", "films"):
-        assert found[name, name] < found["the base", name]
