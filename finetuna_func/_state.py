@@ -128,7 +128,9 @@ def to_module(base: Base, tuned: Finetuned | None) -> nn.Module:
     """Returns an ordinary module of the model's own class, in eval mode, on the same storage.
 
     For ``generate``, ``pipeline``, evaluation harnesses, ``torch.export`` and ``torch.compile``. It shares
-    every tensor with ``base`` and ``tuned``; treat it as read-only (no parameter requires a gradient).
+    every tensor with ``base`` and ``tuned``; treat it as read-only (no parameter requires a gradient). Its
+    ``named_parameters`` have the codes; as the attribute ``weight``, a layer in 8 bits shows a float tensor of NaN, for
+    code that asks for dtype and shape.
 
     Args:
         base: The base.
