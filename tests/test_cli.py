@@ -225,6 +225,25 @@ def test_a_base_stands_by_itself(home, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
+def test_a_model_that_asks_for_the_dtype_of_its_head(home, tmp_path):
+    """Mamba casts to ``lm_head.weight.dtype``, also where the head is in 8 bits."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 272, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "initializer_range": 0.2}
+    MambaForCausalLM(MambaConfig(**sizes, eos_token_id=263, pad_token_id=263)).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    call("quantize", tmp_path / "model", tmp_path / "base", "--all")
+    assert open_base(tmp_path / "base").skeleton.layers["lm_head"].scheme is not None
+    data = ["--base", tmp_path / "base", "--data", home / "poems.jsonl"]
+    call("train", *data, "--steps", 8, "--lr", 2e-2, "--out", tmp_path / "run")
+    call("eval", *data, "--adapter", tmp_path / "run/poems", "--out", tmp_path / "eval.json")
+    base, tuned = (own["loss"] for own in json.loads((tmp_path / "eval.json").read_text()))
+    assert tuned < base - 0.3
+    generate = ["generate", "--base", tmp_path / "base", "--adapter", tmp_path / "run/poems"]
+    assert "poems" in call(*generate, "--prompt", "the", "--max-new-tokens", 4)
+
+
 # --- train ----------------------------------------------------------------------------------------
 
 
@@ -315,6 +334,26 @@ def test_a_file_twice_gets_two_names(home, tmp_path):
     call("train", "--base", home / "base", *data, "--seed", 1, "--seed", 2, "--steps", 2, "--out", tmp_path / "run")
     one, two = tensors(tmp_path / "run").items()
     assert (one[0], two[0]) == ("poems-1", "poems-2") and one[1] != two[1]
+
+
+def test_training_on_datasets(home, tmp_path):
+    """A folder and a parquet file train what the lines train; and the folder is known again."""
+    import datasets
+
+    lines = [json.loads(line) for line in (home / "sums.jsonl").read_text().splitlines()]
+    dataset = datasets.Dataset.from_list(lines)
+    dataset.save_to_disk(tmp_path / "folder")
+    dataset.to_parquet(tmp_path / "file.parquet")
+    data = [home / "sums.jsonl", tmp_path / "folder", tmp_path / "file.parquet"]
+    options = ["--base", home / "base", *(own for path in data for own in ("--data", path)), "--steps", 2]
+    call("train", *options, "--out", tmp_path / "run")
+    found = tensors(tmp_path / "run")
+    assert found["sums"] == found["folder"] == found["file"] and len(found) == 3
+    call("train", "--out", tmp_path / "run", "--resume")
+    dataset.select(range(4)).save_to_disk(tmp_path / "other")
+    shutil.rmtree(tmp_path / "folder")
+    (tmp_path / "other").rename(tmp_path / "folder")
+    assert "the data is not what the run was begun with" in call("train", "--out", tmp_path / "run", "--resume", code=1)
 
 
 def test_options_reach_the_training(home, tmp_path):

@@ -32,7 +32,7 @@ def phase(console: Console, what: str) -> Iterator[None]:
     begun = time.perf_counter()
     with console.status(f"{escape(what)} ..."):
         yield
-    console.print(f"{escape(what)} [dim]{time.perf_counter() - begun:.1f} s[/]", highlight=False)
+    console.print(f"{escape(what)} [dim]{time.perf_counter() - begun:.1f} s[/]", highlight=False, soft_wrap=True)
 
 
 class Display:
