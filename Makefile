@@ -11,7 +11,7 @@ JOBS   ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); [ $$n -g
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo data test test-slow lint format docs docs-serve bench clean
+.PHONY: help demo data test test-slow lint format hooks docs docs-serve models bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,15 @@ docs: $(VENV)/.dev ## build the documentation into site/; a warning is an error
 
 docs-serve: $(VENV)/.dev ## show the documentation, built anew as you write
 	$(BIN)/python -m mkdocs serve
+
+hooks: $(VENV)/.dev ## check style and types before every commit, by pre-commit
+	$(BIN)/pre-commit install
+
+models: $(VENV)/.dev ## write docs/models.md anew from what the tests of the model families declare
+	$(BIN)/python tests/families.py --write
+
+wheel: $(VENV)/.dev ## build the wheel and the source archive into dist/
+	$(BIN)/python -m build --no-isolation
 
 bench: $(VENV)/.bench ## run every benchmark, one table each
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done

@@ -16,6 +16,7 @@ from finetuna_func import optim
 from finetuna_func._accumulation import accumulate_gradients
 from finetuna_func._adapters import new_finetuned
 from finetuna_func._base import quantize_base_model
+from finetuna_func._batches import stack_batches
 from finetuna_func._functional import apply, apply_stacked
 from finetuna_func._layers import embedding, linear, register_layer, register_subclass
 from finetuna_func._losses import causal_lm_loss
@@ -68,6 +69,7 @@ __all__ = [
     "save",
     "save_base",
     "stack",
+    "stack_batches",
     "stacked_value_and_grad",
     "state_dict",
     "to_module",

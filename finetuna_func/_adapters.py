@@ -158,7 +158,7 @@ def new_finetuned(
         for name, value in constants_of(adapter).items():
             consts[name] = torch.tensor(value, dtype=adapter_dtype(layer), device=layer_device(base, layer))
     spec = Spec(base.fingerprint, adapters, tuple(sorted(plain_params)), tuple(sorted(quantized)))
-    return Finetuned(params, consts, spec)
+    return Finetuned(params, consts, base.skeleton.completed(spec))
 
 
 def _quantize_first(

@@ -259,7 +259,7 @@ def _structure(module: nn.Module) -> Any:
         binding = vars(child).get("_ft")
         bound = None
         if isinstance(binding, Binding):
-            bound = (binding.type, binding.scheme, binding.dtype, binding.weight_ndim)
+            bound = (binding.type, binding.scheme, binding.dtype, binding.weight_shape)
         parts.append((path, type(child), tuple(tensors), bound))
     rest = [(path, name, None if _is_simple(value) else _key(value)) for path, name, value in _attributes(module)]
     return tuple(parts), tuple(rest)

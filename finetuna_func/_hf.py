@@ -243,6 +243,17 @@ def leave_weights_alone(skeleton: nn.Module) -> None:
             module.config.rescale_every = 0  # type: ignore[union-attr]
 
 
+def leave_ties_alone(module: nn.Module) -> None:
+    """Empties the lists of weights that ``tie_weights`` ties, which evaluation harnesses call.
+
+    What is tied is one tensor already, and a finetune may have untied its head.
+    """
+    for own in module.modules():
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            if getattr(own, name, None):
+                setattr(own, name, {})
+
+
 def cap_scores(skeleton: nn.Module) -> None:
     """Chooses eager attention for models that cap their scores, which torch's fused kernel does not.
 

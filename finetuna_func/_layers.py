@@ -181,7 +181,7 @@ class Binding:
     type: LayerType
     scheme: Scheme
     dtype: torch.dtype
-    weight_ndim: int
+    weight_shape: tuple[int, ...]  # of the float weight, as the user's model holds it
     call: Call = field(default_factory=Call)
     own_ndims: Mapping[str, int] = field(default_factory=dict)
     folded: bool = False  # whether its inputs have further axes folded into the rows
@@ -234,7 +234,7 @@ def register_subclass(cls: type[nn.Module] | str, of: type[nn.Module]) -> None:
     """Declares that a subclass's forward is right as it is, once ``super().forward`` is reinterpreted.
 
     For a forward that prepares its inputs (positions from a mask) or scales the result, and never
-    computes with ``self.weight`` itself, whose dtype and values are those of the 8-bit codes.
+    computes with ``self.weight`` itself; what it may ask are dtype, shape and device.
 
     Args:
         cls: The subclass, or its qualified name.
@@ -254,6 +254,23 @@ def register_subclass(cls: type[nn.Module] | str, of: type[nn.Module]) -> None:
     if of not in _REGISTRY:
         raise ValueError(f"register_subclass(of={of}): not a registered class; register it with register_layer.")
     _REGISTRY[cls] = replace(_REGISTRY[of], extends=of)
+
+
+def seen_weight(module: nn.Module) -> Tensor | None:
+    """Returns what others see as a layer's ``weight``: a float tensor, whatever the layer holds.
+
+    Models ask for dtype, shape or device of a layer below them, to cast what they hand to it. In place of
+    codes they get a tensor without storage that answers as the float weight would, and is NaN throughout:
+    its numbers are the layer's own matter.
+    """
+    leaf = module._parameters["weight"]
+    if leaf is None or leaf.is_floating_point():
+        return leaf
+    binding: Binding = module._ft  # type: ignore[assignment]
+    seen = torch.full((), torch.nan, dtype=binding.dtype, device=leaf.device).expand(binding.weight_shape)
+    if not torch.compiler.is_compiling():
+        seen._ft_codes = leaf  # type: ignore[attr-defined] # by which a use of it is known, see `_reads`
+    return seen
 
 
 def layer_type(module: nn.Module) -> LayerType | None:
@@ -361,7 +378,7 @@ def _convolve(layer: nn.Module, leaves: Leaves, x: Tensor, dropped: Tensor) -> T
         return y
     a, b = (factor.to(x.dtype) for factor in effective_factors(leaves))
     low = layer._conv_forward(dropped.to(x.dtype), a.unflatten(1, weight.shape[1:]), None)  # type: ignore[operator]
-    channels = 1 - binding.weight_ndim
+    channels = 1 - len(binding.weight_shape)
     update = torch.matmul(low.movedim(channels, -1), b.mT)
     if "lora_bias" in leaves:
         update = update + leaves["lora_bias"].to(x.dtype)
@@ -585,7 +602,7 @@ _UNSTACKED_NDIM = {"bias": 1, "lora_a": 2, "lora_b": 2, "lora_bias": 1, "lora_ma
 
 
 def _is_stacked(binding: Binding, name: str, leaf: Tensor) -> bool:
-    ndim = binding.weight_ndim if name == "weight" else _UNSTACKED_NDIM.get(name)
+    ndim = len(binding.weight_shape) if name == "weight" else _UNSTACKED_NDIM.get(name)
     return ndim is not None and leaf.ndim == ndim + 1
 
 

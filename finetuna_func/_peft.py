@@ -31,6 +31,7 @@ from finetuna_func._types import (
     Base,
     EmbeddingAdapterConfig,
     Finetuned,
+    Follower,
     LinearAdapterConfig,
     Spec,
 )
@@ -70,6 +71,8 @@ def tensors_for_peft(tuned: Finetuned, fused: Iterable[str]) -> dict[str, Tensor
             kernel = forms[path].kernel if own == "lora_a" else (leaf.shape[1], *(1,) * (len(forms[path].kernel) - 1))
             leaf = leaf.reshape(leaf.shape[0], *kernel)
         tensors[file_name] = leaf
+    for file_name, (name, transposed) in second_names(tuned.spec).items():
+        tensors[file_name] = params[name].mT if transposed else params[name]
     for group in _groups(tuned.spec, fused):
         a, b = (
             {e: params[join_name(adapter.path, own)] for e, adapter in group.experts.items()} for own in FACTORS[:2]
@@ -97,22 +100,46 @@ def peft_names(spec: Spec, fused: Iterable[str]) -> dict[str, str]:
     names = {name: PREFIX + name for name in spec.plain}
     for adapter in spec.adapters:
         if adapter.path not in shared:
-            own = ["lora_a", "lora_b"]
-            own += ["lora_bias"] if getattr(adapter.config, "bias", False) else []
-            own += ["lora_magnitude"] if getattr(adapter.config, "dora", False) else []
             names.update(
                 {
                     join_name(adapter.path, leaf): f"{PREFIX}{adapter.path}.{_TO_PEFT[adapter.kind, leaf]}"
-                    for leaf in own
+                    for leaf in _leaves(adapter)
                 }
             )
+    return names
+
+
+def _leaves(adapter: AdapterSpec) -> list[str]:
+    own = ["lora_a", "lora_b"]
+    own += ["lora_bias"] if getattr(adapter.config, "bias", False) else []
+    own += ["lora_magnitude"] if getattr(adapter.config, "dora", False) else []
+    return own
+
+
+def second_names(spec: Spec) -> dict[str, tuple[str, bool]]:
+    """Returns what the file holds again, since to PEFT tied weights are two: the parameter, and whether transposed.
+
+    A table's update is its head's, transposed: the factors change places.
+    """
+    adapters = {adapter.path: adapter for adapter in spec.adapters}
+    names: dict[str, tuple[str, bool]] = {}
+    for follower in spec.followers:
+        path, adapter = split_name(follower.name)[0], adapters.get(split_name(follower.of)[0])
+        if follower.of in spec.plain:
+            names[PREFIX + follower.name] = (follower.of, False)
+        elif adapter is not None and follower.kind is not None:
+            turned = {"lora_a": "lora_b", "lora_b": "lora_a"} if follower.kind != adapter.kind else {}
+            for leaf in _leaves(adapter):
+                own = turned.get(leaf, leaf)
+                file_name = f"{PREFIX}{path}.{_TO_PEFT[follower.kind, own]}"
+                names[file_name] = (join_name(adapter.path, leaf), bool(turned))
     return names
 
 
 def all_file_names(spec: Spec, fused: Iterable[str]) -> set[str]:
     """Returns the names of all tensors of the file."""
     shared = {name for group in _groups(spec, fused) for name in group.names}
-    return shared | set(peft_names(spec, fused).values())
+    return shared | set(peft_names(spec, fused).values()) | second_names(spec).keys()
 
 
 def fused_parameters(tuned: Finetuned) -> tuple[str, ...]:
@@ -130,6 +157,8 @@ def beyond_peft(tuned: Finetuned) -> str:
     """What PEFT would refuse, or read as something else; empty if nothing."""
     adapters = tuned.spec.adapters
     reasons = {f"adapters on {adapter.form.beyond_peft}" for adapter in adapters if adapter.form.beyond_peft}
+    if tuned.spec.packed:
+        reasons.add(f"parts of a larger parameter trained directly, such as {tuned.spec.packed[0]}")
     with_dora = {bool(getattr(adapter.config, "dora", False)) for adapter in adapters}
     if len(with_dora) > 1:
         reasons.add("DoRA on some of the adapted layers only")
@@ -166,6 +195,9 @@ def peft_config(tuned: Finetuned) -> dict[str, Any]:
     stabilized = bool(adapters) and all(a.config.rank_stabilized for a in adapters)
     # By the name that PEFT's patterns see: of the layer, or of the fused parameter.
     targets = {split_name(a.path)[0] if a.form.experts else a.path: a for a in adapters}
+    followers = {split_name(f.name)[0]: split_name(f.of)[0] for f in tuned.spec.followers}
+    targets |= {path: targets[of] for path, of in followers.items() if of in targets}
+    saved = {*tuned.spec.plain, *(f.name for f in tuned.spec.followers if f.of in tuned.spec.plain)}
     ranks = {name: rank_on_disk(a) for name, a in targets.items()}
     scales = {name: float(tuned.consts[join_name(a.path, "lora_scale")]) for name, a in targets.items()}
     alphas = {name: _peft_alpha(a, scales[name], stabilized) for name, a in targets.items()}
@@ -184,13 +216,13 @@ def peft_config(tuned: Finetuned) -> dict[str, Any]:
         "lora_bias": any(getattr(a.config, "bias", False) for a in adapters),
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": _target_modules([a.path for a in adapters if not a.form.experts]),
+        "target_modules": _target_modules([name for name, a in targets.items() if not a.form.experts]),
         **({"target_parameters": fused} if fused else {}),
         "use_rslora": stabilized,
         "use_dora": any(getattr(a.config, "dora", False) for a in adapters),
         "rank_pattern": {f"^{_escape(name)}$": rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {f"^{_escape(name)}$": other for name, other in alphas.items() if other != alpha},
-        "modules_to_save": sorted({split_name(name)[0] for name in tuned.spec.plain}) or None,
+        "modules_to_save": sorted({split_name(name)[0] for name in saved}) or None,
     }
 
 
@@ -415,6 +447,9 @@ class _Reader:
             if tuple(leaf.shape) != expected:
                 raise self._error(f"{name} has shape {tuple(leaf.shape)}, expected {expected}")
             self.plain[inner] = leaf
+        elif inner in self.base.skeleton.packings:
+            parts = self.base.skeleton.packings[inner].parts
+            raise self._error(f"{name} is held in parts here, such as {parts[0]}; adapt it instead of saving it whole")
         else:
             raise self._error(f"{name} fits no parameter of {self.base.skeleton.name}")
 
@@ -427,6 +462,10 @@ class _Reader:
                 raise self._error(f"{wrapper} lacks one of its two factors")
             specs, leaves = self._ordinary(wrapper, own) if self._layer(wrapper) else self._fused(wrapper, own)
             adapters.extend(specs)
+            params.update(leaves)
+        for follower in self.base.skeleton.completed(Spec("", tuple(adapters), tuple(self.plain))).followers:
+            spec, leaves = self._standing_still(follower)
+            adapters.append(spec)
             params.update(leaves)
         adapters.sort(key=lambda adapter: adapter.path)
         consts: dict[str, Tensor] = {}
@@ -441,9 +480,24 @@ class _Reader:
             layer = self.base.skeleton.layers.get(split_name(name)[0])
             dtype = held.dtype if held.is_floating_point() or layer is None else layer.dtype
             params[name] = leaf.to(dtype, copy=True)
-        spec = Spec(self.base.fingerprint, tuple(adapters), tuple(sorted(self.plain)), ())
+        spec = Spec(self.base.fingerprint, tuple(adapters), tuple(sorted(self.plain)))
         device = next(iter(self.base.params.values())).device
-        return Finetuned(params, consts, spec).to(device)
+        return Finetuned(params, consts, self.base.skeleton.completed(spec)).to(device)
+
+    def _standing_still(self, follower: Follower) -> tuple[AdapterSpec, dict[str, Tensor]]:
+        """Returns an adapter of zeros, with which a layer does not follow the one it is tied to; in PEFT none does."""
+        layer = self._layer(split_name(follower.name)[0])
+        if follower.of in self.plain or layer is None or layer.shape is None or layer.type.adapter is None:
+            raise self._error(
+                f"it trains {follower.of} but not {follower.name}, which is tied to it and would change too"
+            )
+        table = layer.type.adapter == "embedding"
+        config = EmbeddingAdapterConfig(1) if table else LinearAdapterConfig(1)
+        a_width, b_width = layer.shape if table else layer.shape[::-1]
+        dtype = adapter_dtype(layer)
+        leaves = {"lora_a": torch.zeros(1, a_width, dtype=dtype), "lora_b": torch.zeros(b_width, 1, dtype=dtype)}
+        spec = AdapterSpec(layer.path, layer.type.adapter, config, layer.form)
+        return spec, {join_name(layer.path, name): leaf for name, leaf in leaves.items()}
 
     def _layer(self, path: str) -> Layer | None:
         layer = self.base.skeleton.layers.get(self.base.skeleton.same_module.get(path, path))

@@ -59,7 +59,8 @@ class ReadWatch(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _asks_only(func):
             for leaf in _tensors((args, kwargs)):
-                holders = self._holders.get(id(leaf))
+                # What a model sees of an 8-bit weight stands for its codes; see `_layers.seen_weight`.
+                holders = self._holders.get(id(getattr(leaf, "_ft_codes", leaf)))
                 running = self._call.running
                 if holders is not None and not (running and running[-1] in holders):
                     self.found |= holders

@@ -27,7 +27,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack  # type: ig
 
 from finetuna_func._blocks import mark_blocks
 from finetuna_func._body import mark_body_and_head
-from finetuna_func._filters import join_name
+from finetuna_func._filters import join_name, split_name
 from finetuna_func._hf import (
     cap_scores,
     has_shared_bias,
@@ -40,9 +40,9 @@ from finetuna_func._hf import (
     with_bias_per_row,
     with_mapped_root,
 )
-from finetuna_func._layers import Binding, Call, Context, LayerType, float_weight, layer_type, leaves_of
+from finetuna_func._layers import Binding, Call, Context, LayerType, float_weight, layer_type, leaves_of, seen_weight
 from finetuna_func._quant import Scheme
-from finetuna_func._types import MATRIX, WeightForm
+from finetuna_func._types import MATRIX, Follower, Spec, WeightForm
 from finetuna_func._unpack import Packing, ready_codes
 
 logger = logging.getLogger(__name__)
@@ -148,10 +148,10 @@ class Skeleton:
                     shape = (matrix.shape[0], matrix.shape[1])
                 groups = int(getattr(module, "groups", 1))
                 layers[path] = Layer(path, kind, shape, dtype, scheme, _form(kind, module), groups)
-                ndim = 2 if weight is None else weight.ndim
+                weight_shape = (0, 0) if weight is None else tuple(weight.shape)
                 ndims = {name: leaf.ndim for name, leaf in module._parameters.items() if leaf is not None}
                 module._ft = Binding(  # type: ignore[assignment]
-                    path, kind, scheme or default_scheme, dtype, ndim, call, ndims, path in folded
+                    path, kind, scheme or default_scheme, dtype, weight_shape, call, ndims, path in folded
                 )
                 module.__class__ = _reinterpreted(type(module), kind)
             elif has_shared_bias(module):
@@ -204,6 +204,19 @@ class Skeleton:
     def state_names(self) -> tuple[str, ...]:
         """Returns the names in the model's ``state_dict``: parameters and persistent buffers."""
         return tuple(self._module.state_dict())
+
+    def completed(self, spec: Spec) -> Spec:
+        """Returns the spec with what follows from it and the model: parts of packed parameters, and tied ones."""
+        parts = {part for packing in self.packings.values() for part in packing.parts}
+        adapted = {join_name(adapter.path, "weight") for adapter in spec.adapters}
+        followers: list[Follower] = []
+        for name, of in self.ties.items():
+            if name not in adapted and name not in spec.plain and (of in adapted or of in spec.plain):
+                path, own = split_name(name)
+                layer = self.layers.get(path) if own == "weight" else None
+                followers.append(Follower(name, of, layer.type.adapter if layer is not None else None))
+        packed = tuple(name for name in spec.plain if name in parts)
+        return replace(spec, packed=packed, followers=tuple(followers))
 
     @contextmanager
     def calling(self, *, masked: bool = False, on_cpu: bool = False, **fields: Any) -> Iterator[tuple[nn.Module, Call]]:
@@ -357,7 +370,10 @@ def _reinterpreted(cls: type[nn.Module], kind: LayerType) -> type[nn.Module]:
         # The class's own forward runs, and its super().forward is the reinterpreted one, by method order.
         parent = _reinterpreted(kind.extends, replace(kind, extends=None))
         return type(f"Functional{cls.__name__}", (cls, parent), {"__module__": cls.__module__})
-    return type(f"Functional{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
+    members: dict[str, Any] = {"forward": forward, "__module__": cls.__module__}
+    if kind.adapter is not None:
+        members["weight"] = property(seen_weight)
+    return type(f"Functional{cls.__name__}", (cls,), members)
 
 
 @functools.cache

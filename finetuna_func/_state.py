@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from finetuna_func._filters import join_name, near_misses, split_name
 from finetuna_func._functional import bind
+from finetuna_func._hf import leave_ties_alone
 from finetuna_func._layers import LEAF_NAMES, SMALLEST_NORM, effective_factors, float_weight
 from finetuna_func._quant import Scheme
 from finetuna_func._skeleton import Layer
@@ -126,8 +127,10 @@ def merge(base: Base, tuned: Finetuned | None, *, dtype: torch.dtype | None = No
 def to_module(base: Base, tuned: Finetuned | None) -> nn.Module:
     """Returns an ordinary module of the model's own class, in eval mode, on the same storage.
 
-    For ``generate``, ``pipeline`` and evaluation harnesses. It shares every tensor with ``base`` and
-    ``tuned``; treat it as read-only (no parameter requires a gradient).
+    For ``generate``, ``pipeline``, evaluation harnesses, ``torch.export`` and ``torch.compile``. It shares
+    every tensor with ``base`` and ``tuned``; treat it as read-only (no parameter requires a gradient). Its
+    ``named_parameters`` have the codes; as the attribute ``weight``, a layer in 8 bits shows a float tensor of NaN, for
+    code that asks for dtype and shape.
 
     Args:
         base: The base.
@@ -144,6 +147,7 @@ def to_module(base: Base, tuned: Finetuned | None) -> nn.Module:
     if tuned is not None and tuned.stack_size is not None:
         raise ValueError("to_module: expected one finetune, got a stack; pass ft.index(stacked, i).")
     module = base.skeleton.module()
+    leave_ties_alone(module)
     parameters: dict[int, nn.Parameter] = {}
     for name, leaf in bind(base, tuned).items():
         path, own = split_name(name)

@@ -208,6 +208,15 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Follower:
+    """A parameter that is tied to another, by their names; and what its layer is, if it is a layer's weight."""
+
+    name: str
+    of: str
+    kind: AdapterKind | None
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
     """The static part of a finetune: everything but its tensors. Hashable, compared by value.
 
@@ -216,6 +225,8 @@ class Spec:
         adapters: The adapted layers.
         plain: Names of the parameters trained directly, in the finetune's own copy.
         quantized: Layers that the base holds in float and this finetune uses in 8 bits.
+        packed: Those of ``plain`` that the user's model holds as part of a larger parameter.
+        followers: Parameters tied to one that is adapted or plain, and so changed with it.
         members: For a stack, the spec of each finetune in it, in order.
     """
 
@@ -223,6 +234,8 @@ class Spec:
     adapters: tuple[AdapterSpec, ...] = ()
     plain: tuple[str, ...] = ()
     quantized: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()
+    followers: tuple[Follower, ...] = ()
     members: tuple[Spec, ...] = ()
 
 

@@ -171,7 +171,8 @@ def save_base(path: str | os.PathLike[str], base: Base, *, max_shard_bytes: int 
         checksums: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             file = folder / f"base-{number:05}-of-{len(shards):05}.safetensors"
-            save_file(_separate(tensors, names), file, metadata={"format": "pt", "finetuna_base": base.fingerprint})
+            # One entry: safetensors writes several in any order, and equal bases are to be equal files.
+            save_file(_separate(tensors, names), file, metadata={"format": "pt"})
             checksums[file.name] = _sha256(file)
         module = base.skeleton.module()
         config = getattr(module, "config", None)

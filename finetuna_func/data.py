@@ -5,12 +5,15 @@
     rows = pack(samples, 512)                              # or [(s,) for s in samples]
     batch = collate([rows[:4], other_rows[:4]])            # tensors (N, B, T), for N adapters
 
-An example is a mapping in one of three formats; any iterable of them will do, a ``datasets.Dataset`` too.
+An example is a mapping in one of four formats; any iterable of them will do, a ``datasets.Dataset`` too.
 
-    {"text": "..."}                                        every token is learnt
+    {"text": "..."}, or the string alone                   every token is learnt
     {"prompt": "...", "completion": "..."}                 the completion is learnt
     {"messages": [{"role": "user", "content": "..."},      the assistant's turns are learnt, through the
                   {"role": "assistant", "content": ...}]}  tokenizer's own chat template
+    {"input_ids": [...], "labels": [...]}                  tokens already; learnt where the label is not -100
+
+Batches from elsewhere, a ``torch.utils.data.DataLoader`` for each adapter, are put together by `ft.stack_batches`.
 
 Nothing here keeps a position: `rows_at` says which rows a step trains on from the step alone.
 """
@@ -21,6 +24,7 @@ import hashlib
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,7 +39,12 @@ from finetuna_func import _random
 IGNORED = -100
 """The label of a token that is not learnt, as everywhere in torch and transformers."""
 
-FORMATS = {"text": ("text",), "prompt and completion": ("prompt", "completion"), "chat": ("messages",)}
+FORMATS = {
+    "text": ("text",),
+    "prompt and completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "tokens": ("input_ids",),
+}
 """The formats, and the keys by which each is known."""
 
 
@@ -103,7 +112,8 @@ def read_examples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the examples of a file, in order.
 
     Args:
-        path: ``.jsonl``: one JSON object a line. ``.json``: a list of objects. ``.txt``: one text.
+        path: ``.jsonl``: one JSON object a line. ``.json``: a list of objects. ``.txt``: one text. ``.parquet``, or a
+            folder that ``datasets.Dataset.save_to_disk`` wrote: its rows (needs the package ``datasets``).
 
     Raises:
         FileNotFoundError: No such file.
@@ -118,24 +128,26 @@ def read_examples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         [{'prompt': '1+1=', 'completion': '2'}]
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file.")
+    if path.is_dir() or path.suffix == ".parquet":
+        return _read_dataset(path)
+    if path.suffix not in (".jsonl", ".json", ".txt"):
+        raise DataError(f"{path}: unknown suffix {path.suffix!r}; expected {_FILES}.")
     try:
         content = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}); expected .jsonl, .json or .txt.") from error
+        raise DataError(f"{path}: not UTF-8 text ({error}); expected {_FILES}.") from error
     if path.suffix == ".txt":
         examples = [{"text": content}] if content.strip() else []
     elif path.suffix == ".json":
         examples = _parsed(content, str(path))
         if not isinstance(examples, list):
             raise DataError(f"{path}: holds {_kind(examples)}, expected a list of objects; or use .jsonl, one a line.")
-    elif path.suffix == ".jsonl":
+    else:
         # Not splitlines, which also breaks at characters that JSON leaves as they are in a string.
         lines = enumerate(content.split("\n"), 1)
         examples = [_parsed(line, f"{path}, line {number}") for number, line in lines if line.strip()]
-    else:
-        raise DataError(f"{path}: unknown suffix {path.suffix!r}; expected .jsonl, .json or .txt.")
     for number, example in enumerate(examples, 1):
         if not isinstance(example, dict):
             raise DataError(f"{path}: example {number} is {_kind(example)}, expected an object, such as {_SHAPES}.")
@@ -144,8 +156,38 @@ def read_examples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return examples
 
 
+_FILES = ".jsonl, .json, .txt, .parquet, or a folder from datasets' save_to_disk"
+
+
+def _read_dataset(path: Path) -> list[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{path}: needs the package datasets; pip install 'finetuna_func[datasets]'.") from error
+    try:
+        if path.is_dir():
+            found = datasets.load_from_disk(str(path))
+        else:
+            with tempfile.TemporaryDirectory() as cache:  # which it would otherwise leave in the user's
+                found = list(datasets.Dataset.from_parquet(str(path), cache_dir=cache))
+    except Exception as error:  # of many kinds, as the formats below it are
+        raise DataError(f"{path}: datasets cannot read it: {str(error).rstrip('.')}; expected {_FILES}.") from error
+    if isinstance(found, Mapping):
+        names = sorted(map(str, found))
+        raise DataError(f"{path}: holds the splits {names}; name one of them, such as {path / names[0]}.")
+    examples = [dict(example) for example in found]
+    if not examples:
+        raise DataError(f"{path}: there is no example in it.")
+    return examples
+
+
 def file_digest(path: str | os.PathLike[str]) -> str:
-    """Returns the SHA-256 of a file, by which a resumed run knows that its data are the same."""
+    """Returns the SHA-256 of a file, or of all in a folder, by which a resumed run knows that its data are the same."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(own for own in path.rglob("*") if own.is_file())
+        digests = [f"{own.relative_to(path).as_posix()} {file_digest(own)}" for own in files]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -153,11 +195,14 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def _parsed(content: str, where: str) -> Any:
     try:
         return json.loads(content)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in content else ""
+        raise DataError(f"{where}: not JSON: {error.msg} at {line}character {error.colno}.") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from error
 
 
-_SHAPES = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
+_SHAPES = '{"text": ...}, {"prompt": ..., "completion": ...}, {"messages": [...]} or {"input_ids": [...]}'
 
 
 def _kind(value: object) -> str:
@@ -177,7 +222,7 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    examples: Iterable[Mapping[str, Any]],
+    examples: Iterable[Mapping[str, Any] | str],
     tokenizer: Any,
     *,
     max_length: int = 512,
@@ -191,7 +236,7 @@ def encode(
     which nothing learnt remains is dropped. Both are counted.
 
     Args:
-        examples: In one of the formats, each for itself; see the module's docstring.
+        examples: In one of the formats, each for itself; see the module's docstring. Any iterable, read once.
         tokenizer: A Hugging Face tokenizer. Chats need one with a chat template.
         max_length: Most tokens in a sample, at least 2.
         completion_only: Whether only completions and the assistant's turns are learnt; else every token.
@@ -199,6 +244,7 @@ def encode(
 
     Raises:
         DataError: An example is in no format or of the wrong type, there is none, or none is left.
+        TypeError: ``examples`` is one of them, or splits by name, and not an iterable of examples.
 
     Example:
         >>> class Letters:  # a tokenizer
@@ -211,10 +257,17 @@ def encode(
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         raise ValueError(f"encode(max_length={max_length!r}): expected an integer of at least 2.")
+    if isinstance(examples, (str, Mapping)):
+        keys = "" if isinstance(examples, str) else f" with the keys {sorted(map(str, examples))[:5]}"
+        raise TypeError(
+            f"encode: {where} is {_kind(examples)}{keys}; expected an iterable of examples: [example], or one split of "
+            "a dataset."
+        )
     samples: list[Sample] = []
     cut = dropped = number = 0
-    for number, example in enumerate(examples, 1):
+    for number, given in enumerate(examples, 1):
         place = f"{where}, example {number}"
+        example = {"text": given} if isinstance(given, str) else given
         own = _format_of(example, place)
         if own == "text":
             whole = _encode_text(example["text"], tokenizer)
@@ -223,6 +276,8 @@ def encode(
         else:
             if own == "chat":
                 found = list(_encode_chat(example["messages"], example.get("tools"), tokenizer, place))
+            elif own == "tokens":
+                found = [_sample_of(example, place)]
             else:
                 found = [_encode_completion(example["prompt"], example["completion"], tokenizer)]
             if not completion_only:
@@ -245,7 +300,7 @@ def _format_of(example: Any, place: str) -> str:
     if len(found) != 1:
         problem = f"could be {' or '.join(found)}" if found else f"has the keys {sorted(map(str, example))}"
         raise DataError(f"{place}: {problem}; expected exactly one of {_SHAPES}.")
-    if found[0] != "chat":
+    if found[0] in ("text", "prompt and completion"):
         for key in FORMATS[found[0]]:
             if not isinstance(example[key], str):
                 raise DataError(f'{place}: "{key}" is {_kind(example[key])}, expected a string.')
@@ -264,6 +319,28 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     """Some tokenizers add the end themselves; without one, a text just stops."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _sample_of(example: Mapping[str, Any], place: str) -> Sample:
+    """Tokens as a tokenizer and a collator leave them: what the mask hides is left out."""
+    columns: dict[str, list[int]] = {}
+    for key in ("input_ids", "labels", "attention_mask"):
+        column = example.get(key)
+        column = column.tolist() if hasattr(column, "tolist") else column  # type: ignore[union-attr]
+        if column is None and key != "input_ids":
+            column = columns["input_ids"] if key == "labels" else [1] * len(columns["input_ids"])
+        if not isinstance(column, Sequence) or not all(type(i) is int for i in column):
+            raise DataError(f'{place}: "{key}" is {column!r:.60}, expected a list of integers.')
+        columns[key] = list(column)
+    if len(set(map(len, columns.values()))) > 1:
+        lengths = {key: len(column) for key, column in columns.items()}
+        raise DataError(f"{place}: {lengths} entries, expected as many of each.")
+    rows = [row for row in zip(*columns.values(), strict=True) if row[2]]
+    if wrong := next((label for i, label, _ in rows if label not in (i, IGNORED)), None):
+        raise DataError(
+            f"{place}: a label is {wrong}, expected the id in its place (labels are not shifted) or {IGNORED}."
+        )
+    return Sample(tuple(row[0] for row in rows), tuple(row[1] != IGNORED for row in rows))
 
 
 def _encode_completion(prompt: str, completion: str, tokenizer: Any) -> Sample:

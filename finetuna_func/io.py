@@ -4,7 +4,7 @@
     adapter_config.json         what `peft.PeftModel.from_pretrained` reads
     finetuna.json               base fingerprint, exact spec and constants; ignored by others
 
-A save appears whole or not at all. Nothing is ever unpickled.
+A save appears whole or not at all, and equal finetunes are the same bytes. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from finetuna_func._peft import (
     peft_names,
     rank_on_disk,
     read_checkpoint,
+    second_names,
     split_off_start,
     tensors_for_peft,
 )
@@ -65,9 +66,10 @@ def save(path: str | os.PathLike[str], tuned: Finetuned) -> Path:
     """Returns the folder it wrote: the finetune in PEFT's format.
 
     An earlier save in the same folder is replaced; any other folder is left alone. The experts of a fused
-    parameter are saved as PEFT's ``target_parameters``. What PEFT cannot express (DoRA on some layers
-    only, experts of different ranks, layers inside ``nn.MultiheadAttention``, convolutions with dilation) is
-    saved for `load` alone: the log says so, and the file that PEFT looks for is not written.
+    parameter are saved as PEFT's ``target_parameters``, and what is tied to a trained layer under both names. What
+    PEFT cannot express (DoRA on some layers only, experts of different ranks or trained directly, layers inside
+    ``nn.MultiheadAttention``, convolutions with dilation) is saved for `load` alone: the log says so, and the file
+    that PEFT looks for is not written.
 
     Args:
         path: The folder to write.
@@ -93,7 +95,8 @@ def save(path: str | os.PathLike[str], tuned: Finetuned) -> Path:
         # Copies: safetensors refuses tensors that share memory.
         stored = tensors_for_peft(tuned, fused)
         tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in stored.items()}
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt", "finetuna_base": tuned.spec.base})
+        # One entry: safetensors writes several in any order, and equal finetunes are to be equal files.
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         unsaid = beyond_peft(tuned)
         if unsaid:
             logger.warning("%s: no %s is written, since PEFT cannot express %s.", target, PEFT_CONFIG, unsaid)
@@ -146,6 +149,9 @@ def load(path: str | os.PathLike[str], base: Base) -> Finetuned:
         )
     shapes: dict[str, tuple[int, ...]] = fused_shapes(base, spec, fused)
     shapes |= {file_name: _expected_shape(base, spec, name) for name, file_name in peft_names(spec, fused).items()}
+    for file_name, (name, transposed) in second_names(spec).items():
+        shape = _expected_shape(base, spec, name)
+        shapes[file_name] = shape[::-1] if transposed else shape
     for name, leaf in tensors.items():
         if tuple(leaf.shape) != shapes[name] or not leaf.is_floating_point():
             raise ValueError(
@@ -188,7 +194,7 @@ def _with_forms(path: Path, spec: Spec, fused: tuple[str, ...], base: Base) -> S
             ranks.setdefault(split_name(adapter.path)[0], set()).add(rank_on_disk(adapter))
     if any(len(ranks.get(name, ())) != 1 for name in fused):
         raise ValueError(f"load: {path} has {list(fused)} as fused parameters, of which the base knows another form.")
-    return replace(spec, adapters=adapters)
+    return base.skeleton.completed(replace(spec, adapters=adapters))
 
 
 def _expected_shape(base: Base, spec: Spec, name: str) -> tuple[int, ...]:

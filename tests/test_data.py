@@ -74,7 +74,7 @@ def test_files_are_read(tmp_path):
         ("a.jsonl", b"\xff\xfe\x00", r"not UTF-8"),
         ("a.json", b'{"text": "x"}', r"holds an object, expected a list"),
         ("a.txt", b" \n", r"there is no example"),
-        ("a.csv", b"text\nx", r"unknown suffix '.csv'; expected .jsonl, .json or .txt"),
+        ("a.csv", b"text\nx", r"unknown suffix '.csv'; expected .jsonl, .json, .txt, .parquet, or"),
     ],
 )
 def test_files_that_are_not_read(tmp_path, name, content, message):
@@ -197,7 +197,16 @@ def test_long_examples_are_cut_or_dropped_and_counted():
         ({"messages": [{"content": "a"}]}, "message 1 is"),
         ({"messages": [USER]}, 'no message has the role "assistant"'),
         ({"messages": [REPLY]}, "first message is the assistant's"),
-        ("text", "a string, expected"),
+        (["text"], "a list, expected"),
+        ({"input_ids": "ab"}, "\"input_ids\" is 'ab', expected a list of integers"),
+        ({"input_ids": [1.5]}, "expected a list of integers"),
+        ({"input_ids": [True]}, "expected a list of integers"),
+        ({"input_ids": [1, 2], "labels": [1]}, r"'labels': 1, 'attention_mask': 2} entries"),
+        (
+            {"input_ids": [5, 6, 7], "labels": [6, 7, -100]},
+            r"a label is 6, expected the id in its place \(labels are not",
+        ),
+        ({"input_ids": [1], "text": "a"}, "could be text or tokens"),
     ],
 )
 def test_examples_that_are_refused(example, message):
@@ -313,3 +322,88 @@ def test_splitting_errors():
         split_off(own, 1, 0)
     with pytest.raises(ValueError, match="1 samples cannot be divided"):
         split_off(own[:1], 0.5, 0)
+
+
+# --- examples and batches from elsewhere ----------------------------------------------------------
+
+
+def test_strings_are_texts():
+    assert encode(["the abc", "12"], TOKENIZER) == encode([{"text": "the abc"}, {"text": "12"}], TOKENIZER)
+    assert encode(iter(["the abc"]), TOKENIZER).samples == [encode_one({"text": "the abc"})]
+
+
+@pytest.mark.parametrize("given", ["the abc", {"train": [{"text": "a"}], "test": [{"text": "b"}]}, {"text": "a"}])
+def test_what_holds_examples_is_not_one(given):
+    with pytest.raises(TypeError, match=r"encode: mine is (a string|an object).*expected an iterable of examples"):
+        encode(given, TOKENIZER, where="mine")
+
+
+def test_tokens_are_taken_as_they_are():
+    text = encode_one({"prompt": "abc", "completion": "the"})
+    labels = [i if own else IGNORED for i, own in zip(text.ids, text.learnt, strict=True)]
+    given = {"input_ids": [*text.ids, 0, 0], "labels": [*labels, IGNORED, IGNORED]}
+    given["attention_mask"] = [1] * len(text) + [0, 0]
+    assert encode_one(given) == encode_one({k: torch.tensor(v) for k, v in given.items()}) == text
+    assert encode_one(given, completion_only=False) == Sample(text.ids, (True,) * len(text))
+    everything = encode_one({"input_ids": list(text.ids)})
+    assert everything == Sample(text.ids, (True,) * len(text)) != text
+    assert encode([given, {"input_ids": [1, 2], "labels": [1, -100]}], TOKENIZER, max_length=len(text)) == (
+        [text],
+        0,
+        1,
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Any:
+    import datasets
+
+    return datasets.Dataset.from_list([{"prompt": f"the {i} ", "completion": "abc" * (i % 3 + 1)} for i in range(12)])
+
+
+def test_datasets_are_iterables(dataset, tmp_path):
+    rows = [dict(row) for row in dataset]
+    expected = encode(rows, TOKENIZER)
+    assert encode(dataset, TOKENIZER) == encode(dataset.to_iterable_dataset(), TOKENIZER) == expected
+    assert encode(dataset.select(range(3)), TOKENIZER) != expected
+    chats = [
+        [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}] for r in rows
+    ]
+    with_chats = type(dataset).from_list([{"messages": chat} for chat in chats])
+    assert encode(with_chats, TOKENIZER) == encode([{"messages": chat} for chat in chats], TOKENIZER)
+
+    def tokens(row: dict[str, Any]) -> dict[str, Any]:
+        sample = encode_one(row)
+        return {
+            "input_ids": list(sample.ids),
+            "labels": [i if own else IGNORED for i, own in zip(sample.ids, sample.learnt, strict=True)],
+        }
+
+    mapped = dataset.map(tokens, remove_columns=dataset.column_names)
+    assert encode(mapped, TOKENIZER) == encode(mapped.with_format("torch"), TOKENIZER) == expected
+    assert encode(mapped.with_format("numpy"), TOKENIZER) == expected
+
+
+def test_datasets_on_disk(dataset, tmp_path):
+    import datasets
+
+    dataset.save_to_disk(tmp_path / "folder")
+    dataset.to_parquet(tmp_path / "file.parquet")
+    rows = [dict(row) for row in dataset]
+    for name in ("folder", "file.parquet"):
+        assert read_examples(tmp_path / name) == rows
+    before = [file_digest(tmp_path / name) for name in ("folder", "file.parquet")]
+    assert before == [file_digest(tmp_path / name) for name in ("folder", "file.parquet")]
+    dataset.select(range(11)).save_to_disk(tmp_path / "other")
+    assert file_digest(tmp_path / "other") != before[0]
+    datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "splits")
+    with pytest.raises(
+        DataError, match=r"holds the splits \['test', 'train'\]; name one of them, such as .*splits/test"
+    ):
+        read_examples(tmp_path / "splits")
+    assert read_examples(tmp_path / "splits/train") == rows
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "empty").mkdir()
+    for name in ("broken.parquet", "empty"):
+        with pytest.raises(DataError, match=f"{name}: datasets cannot read it"):
+            read_examples(tmp_path / name)

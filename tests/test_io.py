@@ -8,6 +8,8 @@ import pickle
 import re
 import stat
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,7 +185,37 @@ def test_the_description_is_readable(base, tuned, saved):
     assert {a["path"] for a in own["adapters"]} == {"embed", "fc1", "fc2", "pos"}
     with open(saved / TENSORS, "rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    assert header["__metadata__"]["finetuna_base"] == base.fingerprint
+    assert header["__metadata__"] == {"format": "pt"}
+
+
+def test_equal_finetunes_are_equal_files(tmp_path):
+    """Made and saved in processes in which sets and maps have other orders; and another finetune is another file."""
+    script = """
+import sys, torch, finetuna_func as ft
+from families import FAMILIES
+from models import randomized
+model = next(family for family in FAMILIES if family.name == "Mixtral").make()
+base = ft.quantize_base_model(model, modules_not_to_quantize={"lm_head", "k_proj"})
+start = ft.LinearAdapterConfig(r=3, init="pissa")
+configs = {"q_proj": ft.LinearAdapterConfig(r=2, dropout=0.5), "v_proj": start, r".*experts.*": start}
+tuned = ft.new_finetuned(
+    base, {"q_proj", "v_proj", r".*experts.*"}, {"lm_head", "k_proj", "norm"}, linear_config=configs,
+    generator=torch.Generator().manual_seed(0),
+)
+ft.save_base(sys.argv[1] + "/base", base)
+for i in range(2):
+    ft.save(f"{sys.argv[1]}/{i}", randomized(tuned, seed=i))
+"""
+    paths = [str(Path(__file__).parent), str(Path(ft.__file__).parents[1])]
+    found = []
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(paths)}
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / seed)], env=environment, check=True)
+        files = sorted(path for path in (tmp_path / seed).rglob("*") if path.is_file())
+        found.append({str(path.relative_to(tmp_path / seed)): path.read_bytes() for path in files})
+    assert found[0] == found[1] and {"0/finetuna.json", "1/adapter_model.safetensors"} <= found[0].keys()
+    assert found[0]["0/adapter_model.safetensors"] != found[0]["1/adapter_model.safetensors"]
 
 
 # --- saving over, and failing

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, VOCAB
-from models import assert_close, assert_same_finetune, assert_trees_equal, randomized
+from models import assert_close, assert_same_finetune, assert_trees_equal, llama, randomized
 from safetensors.torch import load_file, save_file
 from test_models import float_model
 from torch import Tensor, nn
@@ -339,3 +339,103 @@ def test_experts_of_another_form_are_refused(tmp_path: Path) -> None:
         ft.load(folder, base)
     (folder / OWN_CONFIG).write_text(json.dumps(config))
     assert_same_finetune(ft.load(folder, base), tuned)
+
+
+# --- tied weights, and parts of parameters
+
+
+TIED: dict[str, dict[str, Any]] = {
+    "a table, with its head": dict(adapt_layers={"q_proj", "embed_tokens"}, plain_layers=()),
+    "a table, its head trained": dict(adapt_layers={"q_proj", "embed_tokens"}, plain_layers={"lm_head"}),
+    "a table and its head": dict(adapt_layers={"embed_tokens", "lm_head"}, plain_layers=()),
+    "a table trained, with its head": dict(adapt_layers={"q_proj"}, plain_layers={"embed_tokens"}),
+    "both trained": dict(adapt_layers={"q_proj"}, plain_layers={"embed_tokens", "lm_head"}),
+    "neither": dict(adapt_layers={"q_proj"}, plain_layers={"norm"}),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_peft_reads_what_is_tied(case: str, tmp_path: Path) -> None:
+    """To PEFT a head does not change with its table, so the file says it twice."""
+    model = llama(tied=True)
+    base = ft.quantize_base_model(model, modules_not_to_quantize=())
+    config = {"linear_config": L(r=2, alpha=3, dropout=0.5), "embedding_config": E(r=3, alpha=5)}
+    tuned = randomized(ft.new_finetuned(base, **TIED[case], **config))
+    assert bool(tuned.spec.followers) == ("with its head" in case)
+    check_saved(model, base, tuned, tmp_path / "a", torch.randint(0, 32, (2, 6)))
+
+
+def test_peft_reads_tables_of_an_encoder_and_a_decoder(tmp_path: Path) -> None:
+    """T5 has one table under three names, and a head."""
+    model, base = of_family("T5")
+    inputs = {"input_ids": ids(), "decoder_input_ids": ids() + 1}
+    tuned = randomized(ft.new_finetuned(base, adapt_layers={"shared", "q"}, plain_layers=()), scale=0.1)
+    assert not beyond_peft(tuned) and {f.kind for f in tuned.spec.followers} == {"embedding", "linear"}
+    folder = ft.save(tmp_path / "a", tuned)
+    assert_same_finetune(ft.load(folder, base), tuned)
+    from peft import PeftModel
+
+    expected, frozen = (ft.apply(base, own, **inputs).logits for own in (tuned, None))
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(float_model(model, base, None), str(folder)).eval()(**inputs).logits
+    assert_close(found, expected, 2e-5, unlike=frozen)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(target_modules=["embed_tokens", "q_proj"]), dict(target_modules=["lm_head"])]
+)
+def test_in_checkpoints_of_peft_nothing_is_tied(settings: Any, tmp_path: Path) -> None:
+    model = llama(tied=True)
+    base = ft.quantize_base_model(model)
+    x = torch.randint(0, 32, (2, 6))
+    expected = peft_writes(model, base, tmp_path / "a", x, r=2, lora_alpha=3, **settings)
+    tuned = ft.load(tmp_path / "a", base)
+    assert_close(ft.apply(base, tuned, x).logits, expected, TOLERANCE, unlike=ft.apply(base, None, x).logits)
+    check_saved(model, base, tuned, tmp_path / "again", x)
+
+
+def test_a_table_that_peft_trained_without_its_head_is_refused(tmp_path: Path) -> None:
+    model = llama(tied=True)
+    base = ft.quantize_base_model(model)
+    settings = dict(r=2, lora_alpha=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    peft_writes(model, base, tmp_path / "a", torch.randint(0, 32, (2, 6)), **settings)
+    with pytest.raises(
+        ValueError, match=r"trains model.embed_tokens.weight but not lm_head.weight, which is tied to it"
+    ):
+        ft.load(tmp_path / "a", base)
+
+
+@pytest.mark.parametrize(
+    ("family", "plain", "name"),
+    [
+        ("Mixtral", r".*experts\.down_proj\.\d", "experts.down_proj.0.weight"),
+        ("GPT-OSS", r".*experts\.gate_up_proj\.\d", "experts.gate_up_proj.0.bias"),
+        ("nn.MultiheadAttention", "k_proj", "attention.k_proj.bias"),
+    ],
+)
+def test_parts_of_a_parameter_have_no_form(family: str, plain: str, name: str, tmp_path: Path, caplog: Any) -> None:
+    """PEFT could save the whole parameter, of which a finetune has a part; `modules_to_save` would name what is not."""
+    base = of_family(family)[1]
+    tuned = randomized(ft.new_finetuned(base, adapt_layers={"lm_head"}, plain_layers={plain}))
+    folder = ft.save(tmp_path / "a", tuned)
+    assert "parts of a larger parameter trained directly, such as" in caplog.text and name in caplog.text
+    assert not (folder / PEFT_CONFIG).exists()
+    again = ft.load(folder, base)
+    assert_same_finetune(again, tuned)
+    assert again.spec.packed and set(again.spec.packed) <= set(again.spec.plain)
+    assert ft.stack([tuned, again]).spec.packed == tuned.spec.packed
+
+
+def test_a_router_beside_fused_experts_has_a_form(tmp_path: Path) -> None:
+    model, base = of_family("Mixtral")
+    tuned = randomized(ft.new_finetuned(base, adapt_layers={"q_proj"}, plain_layers={"gate"}), scale=0.1)
+    assert tuned.spec.plain and not tuned.spec.packed
+    check_saved(model, base, tuned, tmp_path / "a", ids())
+
+
+def test_whole_experts_that_peft_trained_are_refused(tmp_path: Path) -> None:
+    model, base = of_family("Mixtral")
+    settings = dict(r=2, lora_alpha=3, target_modules=["q_proj"], modules_to_save=["experts"])
+    peft_writes(model, base, tmp_path / "a", ids(), **settings)
+    with pytest.raises(ValueError, match=r"experts.down_proj is held in parts here"):
+        ft.load(tmp_path / "a", base)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import assert_close, llama, randomized
+from families import FAMILIES
+from models import assert_close, llama, randomized, relative_error
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
@@ -190,3 +192,88 @@ def test_inside_blocks_that_are_computed_again() -> None:
     first = again(remat="blocks")  # watched first, which draws no masks of its own
     assert torch.equal(first, again(remat="blocks"))
     assert_close(first, again(), 1e-6, unlike=ft.apply(fine, tuned, X[0]))
+
+
+# --- what a model sees of an 8-bit weight
+
+
+def asking(look: Callable[[Tensor], Any], **arguments: Any) -> tuple[nn.Module, ft.Base, list[Any]]:
+    """A model that asks for its layer's weight at every call, its base, and what they were told."""
+    told: list[Any] = []
+    model = Reader(lambda x, w: told.append(look(w)), asks_only=True)
+    model.other.to(torch.bfloat16)
+    return model, ft.quantize_base_model(model, **arguments), told
+
+
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
+def test_codes_are_seen_as_the_float_weight(scheme: str) -> None:
+    model, base, told = asking(lambda w: (w.dtype, w.shape, w.device, w.ndim, len(w), w.is_floating_point()))
+    for call in (model, lambda x: ft.apply(base, None, x), ft.to_module(base, None)):
+        call(X[0])
+    assert told == [told[0]] * 3 and told[0][:2] == (torch.bfloat16, (8, 8))
+    assert not base.params["other.weight"].is_floating_point()
+
+
+def test_numbers_of_codes_are_not_seen() -> None:
+    """In a call, asking for them is found out; in a module that was given away, they do not look like a result."""
+    model, base, told = asking(lambda w: (w.isnan().all().item(), w.untyped_storage().nbytes()))
+    for call in (model, ft.to_module(base, None)):
+        call(X[0])
+    assert told == [(False, 8 * 8 * 2), (True, 2)]
+    with pytest.raises(NotImplementedError, match=r"weight of \['other'\] itself"):
+        ft.apply(base, None, X[0])
+
+
+def test_a_float_weight_is_seen_as_it_is() -> None:
+    base, _ = of(Reader(None), modules_not_to_quantize={"other"})
+    module: Any = ft.to_module(base, None)
+    assert torch.equal(module.other.weight, base.params["other.weight"]) and isinstance(
+        module.other.weight, nn.Parameter
+    )
+    assert module.other.weight is module.other._parameters["weight"]
+
+
+def merged(model: nn.Module, base: ft.Base, tuned: ft.Finetuned | None = None) -> Any:
+    module = copy.deepcopy(model)
+    module.load_state_dict(ft.merge(base, tuned))
+    return module
+
+
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
+def test_t5_casts_to_the_dtype_of_a_layer(scheme: str) -> None:
+    """It hands ``wo`` what it takes for the dtype of ``wo``; also where that one is kept in float32 among bfloat16."""
+    model: Any = next(family for family in FAMILIES if family.name == "T5").make()
+    base = ft.quantize_base_model(model, scheme=scheme)
+    tuned = randomized(ft.new_finetuned(base, adapt_layers={"wo", "q"}, plain_layers=()))
+    ids = torch.arange(4, 16).view(2, 6)
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    expected = merged(model, base, tuned)(**inputs).logits
+    frozen = ft.apply(base, None, **inputs).logits
+    assert_close(ft.apply(base, tuned, **inputs).logits, expected, 2e-5, unlike=frozen)
+    stacked = {name: leaf.expand(2, 2, 6) for name, leaf in inputs.items()}
+    both = ft.apply_stacked(base, ft.stack([tuned] * 2), **stacked).logits
+    assert_close(both, expected.expand(2, *expected.shape), 2e-5, unlike=frozen.expand(2, *expected.shape))
+    model = model.bfloat16()
+    for block in (*model.encoder.block, *model.decoder.block):
+        block.layer[-1].DenseReluDense.wo.float()
+    mixed = ft.quantize_base_model(model, scheme=scheme)
+    out = ft.apply(mixed, None, **inputs).logits.float()
+    # Two roundings of a number in bfloat16, through four layers.
+    assert relative_error(out, merged(model, mixed)(**inputs).logits.float()) < 4 * 2**-7
+    assert relative_error(out, expected) > 0.12  # the adapted one
+    if scheme == "nf4":  # whose lookup takes half a minute to trace
+        return
+    compiled = torch.compile(lambda: ft.apply(base, tuned, **inputs, use_cache=False).logits, backend="eager")
+    assert_close(compiled(), expected, 2e-5, unlike=frozen)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "blockwise8", "nf4"])
+def test_mamba_casts_to_the_dtype_of_its_head(scheme: str) -> None:
+    model: Any = next(family for family in FAMILIES if family.name == "Mamba").make()
+    base = ft.quantize_base_model(model, scheme=scheme, modules_not_to_quantize=())
+    assert base.skeleton.layers["lm_head"].scheme is not None
+    tuned = randomized(ft.new_finetuned(base, adapt_layers={"in_proj", "embeddings"}, plain_layers=()))
+    ids = torch.arange(4, 16).view(2, 6)
+    expected, frozen = merged(model, base, tuned)(ids).logits, ft.apply(base, None, ids).logits
+    assert_close(ft.apply(base, tuned, ids).logits, expected, 1e-5, unlike=frozen)
+    assert_close(ft.to_module(base, tuned)(ids).logits, expected, 1e-5, unlike=frozen)

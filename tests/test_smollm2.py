@@ -638,7 +638,7 @@ def test_hessian_vector_products_alone_and_under_vmap(base, finetunes, samples, 
 def addresses(tuned: ft.Finetuned | None, base: ft.Base, path: str) -> list[int]:
     """Addresses of the tensors of a layer in the module that computes the finetune."""
     layer = ft.to_module(base, tuned).get_submodule(path)
-    return [layer.weight.data_ptr(), *(leaf.data_ptr() for leaf in layer.buffers(recurse=False))]
+    return [leaf.data_ptr() for leaf in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 import finetuna_func as ft
 
-EXPECTED = (ValueError, TypeError, OSError, RuntimeError, NotImplementedError)
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, NotImplementedError, MemoryError)
 """What the library raises about what it was given; all else is a fault of its own, and is shown whole."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import typer
 
 import finetuna_func as ft
 
@@ -38,8 +39,25 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(device: str) -> None:
+    """Raises unless there is such a device."""
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    try:
+        usable = torch.empty(0, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError):  # torch's own words are of drivers and builds
+        usable = False
+    if not usable:
+        known = "; torch sees no GPU" if kinds == ["cpu"] else f", up to cuda:{torch.cuda.device_count() - 1}"
+        raise typer.BadParameter(
+            f"{device!r} is no device that torch can use here; expected {' or '.join(kinds)}{known}.",
+            param_hint="--device",
+        )
+
+
 def open_base(path: Path, device: str | None = None) -> ft.Base:
     """Returns the base in a folder: one that `finetuna quantize` wrote, or a model, quantized on the way."""
+    if device is not None:
+        check_device(device)
     if not path.is_dir():
         raise FileNotFoundError(f"--base {path}: there is no such folder; finetuna quantize MODEL {path} makes it.")
     quiet_transformers()
@@ -136,7 +154,18 @@ def open_adapters(base: ft.Base, paths: Sequence[Path]) -> list[Adapter]:
     for path in paths:
         if not path.is_dir():
             raise FileNotFoundError(f"--adapter {path}: there is no such folder; expected one of a finished run.")
+        if not is_adapter(path):
+            inside = sorted(str(own) for own in path.iterdir() if is_adapter(own))
+            hint = (
+                f"there are {', '.join(inside[:5])} in it" if inside else "expected one of a finished run, or of PEFT"
+            )
+            raise FileNotFoundError(f"--adapter {path}: is not the folder of an adapter; {hint}.")
     return [Adapter(name, ft.load(path, base)) for name, path in zip(names, paths, strict=True)]
+
+
+def is_adapter(path: Path) -> bool:
+    """Returns whether a folder looks like an adapter's, ours or PEFT's."""
+    return any((path / name).is_file() for name in ("finetuna.json", "adapter_config.json"))
 
 
 def stacks(adapters: Sequence[Adapter]) -> list[list[int]]:

@@ -20,7 +20,7 @@ from finetuna_func.train import DIVERGED, FINISHED, RUNNING, STOPPED, Report, Se
 STATUS = {
     RUNNING: "[cyan]training[/]",
     FINISHED: "[green]done[/]",
-    STOPPED: "[yellow]stopped early[/]",
+    STOPPED: "[yellow]stopped[/]",
     DIVERGED: "[bold red]diverged[/]",
 }
 STATUS_NAMES = {RUNNING: "running", FINISHED: "finished", STOPPED: "stopped early", DIVERGED: "diverged"}
@@ -32,7 +32,7 @@ def phase(console: Console, what: str) -> Iterator[None]:
     begun = time.perf_counter()
     with console.status(f"{escape(what)} ..."):
         yield
-    console.print(f"{escape(what)} [dim]{time.perf_counter() - begun:.1f} s[/]", highlight=False)
+    console.print(f"{escape(what)} [dim]{time.perf_counter() - begun:.1f} s[/]", highlight=False, soft_wrap=True)
 
 
 class Display:
@@ -43,7 +43,7 @@ class Display:
         self.totals = [total_steps(task, settings) for task in tasks]
         self.longest = max(self.totals)
         self.began, self.first = time.perf_counter(), state.step
-        self.seconds, self.tokens = [0.0] * len(tasks), [0] * len(tasks)
+        self.tokens = [0] * len(tasks)
         self.losses, self.weights = [0.0] * len(tasks), [0.0] * len(tasks)
         self.held_out = [loss if math.isfinite(loss) else math.nan for loss in state.best_loss.tolist()]
         self.rates = [math.nan] * len(tasks)
@@ -60,14 +60,13 @@ class Display:
         if self.live is not None:
             self.live.__exit__(kind, error, at)
 
-    def show(self, state: TrainState, report: Report, seconds: float) -> None:
-        """Shows a step that took so many seconds."""
+    def show(self, state: TrainState, report: Report) -> None:
+        """Shows a step."""
         self.status = state.status.tolist()
         for i, loss in enumerate(report.losses.tolist()):
             if report.tokens[i]:
                 self.done[i] = report.step
                 self.tokens[i] += int(report.tokens[i])
-                self.seconds[i] += seconds
                 self.rates[i] = float(report.rates[i])
                 self.losses[i], self.weights[i] = 0.85 * self.losses[i] + loss, 0.85 * self.weights[i] + 1
             if not math.isnan(held_out := float(report.held_out[i])):
@@ -121,21 +120,17 @@ class Display:
         table = Table(
             box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
         )
-        for heading in ("adapter", "", "step", "loss", "held out", "rate", "tok/s", ""):
-            # Wide enough for what comes, so that columns stay where they are.
-            width = {"step": 2 * len(str(self.longest)) + 1, "loss": 6, "held out": 8, "rate": 7, "tok/s": 6}
-            left_aligned = heading in ("adapter", "")
-            table.add_column(
-                heading,
-                justify="left" if left_aligned else "right",
-                min_width=width.get(heading, 7 if heading else None),
-                overflow="ellipsis",
-                no_wrap=True,
-            )
+        # Wide enough for what comes, so that columns stay where they are; the bars take what is left.
+        widths = {"step": 2 * len(str(self.longest)) + 1, "loss": 6, "held out": 8, "rate": 7, "": 8}
+        longest = max(len(task.name) for task in self.tasks)
+        bar_width = min(16, max(4, self.console.width - longest - sum(widths.values()) - 2 * len(widths) - 4))
+        table.add_column("adapter", overflow="ellipsis")  # rich takes from columns that may wrap, if it must
+        table.add_column("", no_wrap=True)
+        for heading, width in widths.items():
+            table.add_column(heading, justify="right" if heading else "left", min_width=width, no_wrap=True)
         for i, task in enumerate(self.tasks):
             style = "green" if self.status[i] == FINISHED else "yellow" if self.status[i] == STOPPED else "cyan"
-            bar = ProgressBar(self.totals[i], self.done[i], width=16, complete_style=style, finished_style=style)
-            speed = self.tokens[i] / self.seconds[i] if self.seconds[i] else math.nan
+            bar = ProgressBar(self.totals[i], self.done[i], width=bar_width, complete_style=style, finished_style=style)
             table.add_row(
                 f"[bold]{escape(task.name)}[/]",
                 bar,
@@ -143,7 +138,6 @@ class Display:
                 self.loss(i),
                 _number(self.held_out[i], ".3f"),
                 _number(self.rates[i], ".1e"),
-                _number(speed, ",.0f"),
                 STATUS[self.status[i]],
             )
         return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -99,6 +100,16 @@ def read_log(path: Path) -> list[Line]:
         except (ValueError, IndexError) as error:
             raise ValueError(f"{path}: {','.join(cells)!r:.80} is not a line of a log of finetuna train.") from error
     return lines
+
+
+def join_logs(paths: Sequence[Path], path: Path) -> None:
+    """Writes the lines of several logs to one, in this order."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for own in paths:
+        writer.writerows(line.cells for line in read_log(own))
+    write_text(path, text.getvalue())
 
 
 def smooth(values: Sequence[float], decay: float = 0.85) -> list[float]:

@@ -88,19 +88,24 @@ EvalDataOption = Annotated[
     list[Path] | None, _option("Evaluation", "File to evaluate on, in place of --eval-fraction.", "--eval-data")
 ]
 EvalEveryOption = Annotated[
-    int | None, _option("Evaluation", "Steps between evaluations. [default: ten in the longest run]")
+    int | None, _option("Evaluation", "Steps between evaluations. [default: ten in the longest run]", min=1)
 ]
 PatienceOption = Annotated[
     int | None,
-    _option("Evaluation", "Stop an adapter after so many evaluations without improvement. [default: never]"),
+    _option("Evaluation", "Stop an adapter after so many evaluations without improvement. [default: never]", min=1),
 ]
 KeepBestOption = Annotated[
     bool, _option("Evaluation", "Save each adapter as it was best on what is held out, or as it is at the end.")
 ]
-EpochsOption = Annotated[list[float], _option("Per adapter", "How often to go through the data.", "--epochs")]
-StepsOption = Annotated[list[int] | None, _option("Per adapter", "Steps to take, in place of --epochs.", "--steps")]
-LengthOption = Annotated[list[int], _option("Per adapter", "Most tokens in an example.", "--max-length")]
-DropoutOption = Annotated[list[float], _option("Per adapter", "Dropout before the adapters.", "--dropout")]
+EpochsOption = Annotated[list[float], _option("Per adapter", "How often to go through the data.", "--epochs", min=0)]
+StepsOption = Annotated[
+    list[int] | None, _option("Per adapter", "Steps to take, in place of --epochs.", "--steps", min=1)
+]
+LengthOption = Annotated[list[int], _option("Per adapter", "Most tokens in an example.", "--max-length", min=2)]
+DropoutOption = Annotated[
+    list[float], _option("Per adapter", "Dropout before the adapters.", "--dropout", min=0, max=1)
+]
+GridDropoutOption = Annotated[list[float], _option("Grid", "Dropout. Repeat for several.", "--dropout", min=0, max=1)]
 AdaptOption = Annotated[
     list[str] | None,
     _option(
@@ -116,12 +121,12 @@ PlainOption = Annotated[
 DoraOption = Annotated[bool, _option("Adapters", "DoRA: train the length of each row apart from its direction.")]
 RsloraOption = Annotated[bool, _option("Adapters", "Scale by alpha / sqrt(rank) in place of alpha / rank.")]
 InitOption = Annotated[Init, _option("Adapters", "First values.")]
-BatchOption = Annotated[int, _option("Steps", "Rows of each adapter in one forward.")]
-AccumulateOption = Annotated[int, _option("Steps", "Forwards in one step.")]
+BatchOption = Annotated[int, _option("Steps", "Rows of each adapter in one forward.", min=1)]
+AccumulateOption = Annotated[int, _option("Steps", "Forwards in one step.", min=1)]
 ScheduleOption = Annotated[ScheduleName, _option("Steps", "How the rate falls after its rise.")]
-WarmupOption = Annotated[float, _option("Steps", "Share of the steps in which the rate rises.")]
-DecayOption = Annotated[float, _option("Steps", "Decoupled weight decay.")]
-ClipOption = Annotated[float, _option("Steps", "Limit of each adapter's gradient norm; `inf` for none.")]
+WarmupOption = Annotated[float, _option("Steps", "Share of the steps in which the rate rises.", min=0, max=1)]
+DecayOption = Annotated[float, _option("Steps", "Decoupled weight decay.", min=0)]
+ClipOption = Annotated[float, _option("Steps", "Limit of each adapter's gradient norm; `inf` for none.", min=0)]
 RematOption = Annotated[
     bool, _option("Steps", "Compute activations again in the backward pass: less memory, more time.")
 ]
@@ -130,7 +135,16 @@ PackOption = Annotated[bool, _option("Data", "Put several short examples in a ro
 CompletionOption = Annotated[
     bool, _option("Data", "Learn only completions and the assistant's turns, or every token of prompts too.")
 ]
-SaveEveryOption = Annotated[int, _option("Files", "Steps between checkpoints, from which --resume goes on.")]
+AtOnceOption = Annotated[
+    int | None,
+    _option(
+        "Steps",
+        "Adapters in one stack; where there are more, stack after stack is trained. [default: all; on CUDA, as many as "
+        "its memory holds]",
+        min=1,
+    ),
+]
+SaveEveryOption = Annotated[int, _option("Files", "Steps between checkpoints, from which --resume goes on.", min=1)]
 TensorboardOption = Annotated[bool, _option("Files", "Write OUT/tensorboard too.")]
 ResumeOption = Annotated[
     bool,

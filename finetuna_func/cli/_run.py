@@ -6,6 +6,7 @@ log.csv, tensorboard/    every step
 curves.png               the losses
 summary.json             how each adapter ended
 NAME/                    each adapter, in PEFT's format
+part-1/ ...              checkpoint and log of each stack, where several are trained one after another
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from rich.markup import escape
 import finetuna_func as ft
 from finetuna_func.cli._base import check_reads, default_device, open_base, open_tokenizer
 from finetuna_func.cli._display import STATUS, STATUS_NAMES, Display, phase, table_of
-from finetuna_func.cli._logs import Logs, check_tensorboard, plot_curves, read_log, write_json, write_text
+from finetuna_func.cli._logs import Logs, check_tensorboard, join_logs, plot_curves, read_log, write_json, write_text
+from finetuna_func.cli._parts import fitting, parts_of
 from finetuna_func.data import Row, Sample, encode, file_digest, pack, read_examples, split_off
 from finetuna_func.train import (
     DIVERGED,
@@ -64,6 +66,7 @@ PER_ADAPTER = (
     "seed",
     "eval_data",
 )
+_PART = re.compile(r"part-\d+")
 SPLIT_SEED = 0  # the same examples are held out in every run on a file, so that runs compare
 
 
@@ -103,6 +106,7 @@ class RunConfig:
     compile: bool
     pack: bool
     completion_only: bool
+    at_once: int | None
     save_every: int
     tensorboard: bool
     device: str
@@ -110,11 +114,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run came to."""
+    """What a run came to: for each adapter its task, what became of it, and its lowest loss on what is held out."""
 
     config: RunConfig
     tasks: list[Task]
-    state: TrainState
+    status: list[int]
+    best_loss: list[float]
 
 
 # --- options --------------------------------------------------------------------------------------
@@ -195,7 +200,12 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     values["name"] = values["name"] or _names([Path(path).stem for path in values["data"]])
     values["alpha"] = values["alpha"] or [2.0 * r for r in values["rank"]]
     for name in values["name"]:
-        if not re.fullmatch(r"[^\s/\\.][^/\\]*", name) or name in RESERVED or name != name.strip():
+        if (
+            not re.fullmatch(r"[^\s/\\.][^/\\]*", name)
+            or name in RESERVED
+            or _PART.fullmatch(name)
+            or name != name.strip()
+        ):
             raise typer.BadParameter(f"{name!r} cannot be the name of a folder in the run.", param_hint="--name")
     if len({name.casefold() for name in values["name"]}) < count:
         raise typer.BadParameter(f"{values['name']}: two are the same; each needs its own.", param_hint="--name")
@@ -205,8 +215,6 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         raise typer.BadParameter("there is --eval-data already; give one of the two.", param_hint="--eval-fraction")
     if values["patience"] is not None and not (values["eval_fraction"] or values["eval_data"]):
         raise typer.BadParameter("needs --eval-fraction or --eval-data to evaluate on.", param_hint="--patience")
-    if values["save_every"] < 1:
-        raise typer.BadParameter("expected at least 1.", param_hint="--save-every")
     for name in ("base", "out"):
         values[name] = Path(values[name])
     for name in ("data", "eval_data"):
@@ -257,27 +265,62 @@ def execute(values: Mapping[str, Any], config: RunConfig, console: Console) -> F
         remat=config.remat,
         compile=config.compile,
     )
+    at_once = config.at_once
     try:
-        state = start(tasks, fresh(base, tasks, config.adapt or None, config.plain))
+        if at_once is None:
+            at_once = fitting(base, tasks, settings, config.adapt or None, config.plain)
+        parts = parts_of(len(tasks), at_once)
+        # What is wrong with layers or ranks shows now, before there is a folder.
+        widest = sorted(range(len(tasks)), key=lambda i: tasks[i].adapter.r)[-1:] if len(parts) > 1 else []
+        fresh(base, [tasks[i] for i in widest or parts[0]], config.adapt or None, config.plain)
     except ValueError as error:  # the library speaks of its own arguments
-        raise ValueError(str(error).replace("adapt_layers", "--adapt").replace("plain_layers", "--plain")) from error
-    save_options(config.out, values)
+        raise ValueError(_in_flags(str(error))) from error
+    save_options(config.out, {**values, "at_once": at_once})
     with _alone(config.out):
-        state = _train(base, config, tasks, settings, state, console)
-        tuned = results(state, keep_best=config.keep_best)
-        for task, own in zip(tasks, tuned, strict=True):
-            ft.save(config.out / task.name, own)
-        write_json(config.out / SUMMARY, _summary(config, tasks, state))
+        finished = Finished(config, tasks, [], [])
+        for number, part in enumerate(parts, 1):
+            own = [tasks[i] for i in part]
+            folder = config.out / f"part-{number}" if len(parts) > 1 else config.out
+            if len(parts) > 1:
+                folder.mkdir(exist_ok=True)
+                console.print(
+                    f"[bold]Stack {number} of {len(parts)}: {len(part)} of {len(tasks)} adapters[/]", highlight=False
+                )
+            state = start(own, fresh(base, own, config.adapt or None, config.plain))
+            state = _train(base, config, own, settings, state, folder, console)
+            for task, tuned in zip(own, results(state, keep_best=config.keep_best), strict=True):
+                ft.save(config.out / task.name, tuned)
+            finished.status.extend(state.status.tolist())
+            finished.best_loss.extend(state.best_loss.tolist())
+        if len(parts) > 1:
+            join_logs([config.out / f"part-{number}" / LOG for number in range(1, len(parts) + 1)], config.out / LOG)
+        write_json(config.out / SUMMARY, _summary(finished))
         lines = read_log(config.out / LOG)
         title = f"{len(tasks)} adapters on {config.base.name}" if len(tasks) > 1 else f"{tasks[0].name}"
         plot_curves(lines, [task.name for task in tasks], config.out / CURVES, title)
-    return Finished(config, tasks, state)
+    return finished
+
+
+def _in_flags(message: str) -> str:
+    for argument, flag in (
+        ("adapt_layers", "--adapt"),
+        ("plain_layers", "--plain"),
+        ("linear_config: rank", "--rank:"),
+    ):
+        message = message.replace(argument, flag)
+    return message
 
 
 def _train(
-    base: ft.Base, config: RunConfig, tasks: list[Task], settings: Settings, state: TrainState, console: Console
+    base: ft.Base,
+    config: RunConfig,
+    tasks: list[Task],
+    settings: Settings,
+    state: TrainState,
+    folder: Path,
+    console: Console,
 ) -> TrainState:
-    checkpoint = config.out / CHECKPOINT
+    checkpoint = folder / CHECKPOINT
     files = sorted({*config.data, *config.eval_data})
     identity = {"base": base.fingerprint, "data": json.dumps({str(path): file_digest(path) for path in files})}
     if checkpoint.is_file():
@@ -288,7 +331,7 @@ def _train(
         console.print(f"Going on after step {state.step}.", highlight=False)
     names = [task.name for task in tasks]
     saved, logged = state.step, state
-    with _terminable(), Logs(config.out, names, after=state.step, tensorboard=config.tensorboard) as logs:
+    with _terminable(), Logs(folder, names, after=state.step, tensorboard=config.tensorboard) as logs:
         try:
             with Display(console, tasks, settings, state) as display:
                 begun = time.perf_counter()
@@ -296,7 +339,7 @@ def _train(
                     seconds, begun = time.perf_counter() - begun, time.perf_counter()
                     logs.write(report, seconds)
                     logged = state
-                    display.show(state, report, seconds)
+                    display.show(state, report)
                     if state.step % config.save_every == 0:
                         save_state(checkpoint, state, **identity)
                         saved = state.step
@@ -377,7 +420,7 @@ def _show_data(tasks: list[Task], console: Console) -> None:
     console.print(table_of("", ["adapter", "rows", "tokens to learn", "rows held out"], rows))
 
 
-def _summary(config: RunConfig, tasks: list[Task], state: TrainState) -> list[dict[str, Any]]:
+def _summary(finished: Finished) -> list[dict[str, Any]]:
     return [
         {
             "name": task.name,
@@ -390,7 +433,7 @@ def _summary(config: RunConfig, tasks: list[Task], state: TrainState) -> list[di
             "data": str(path),
         }
         for task, path, status, loss in zip(
-            tasks, config.data, state.status.tolist(), state.best_loss.tolist(), strict=True
+            finished.tasks, finished.config.data, finished.status, finished.best_loss, strict=True
         )
     ]
 
@@ -399,9 +442,7 @@ def print_outcome(finished: Finished, console: Console) -> None:
     """Prints how each adapter ended, and where everything is."""
     out, lines = finished.config.out, read_log(finished.config.out / LOG)
     rows = []
-    for task, status, best in zip(
-        finished.tasks, finished.state.status.tolist(), finished.state.best_loss.tolist(), strict=True
-    ):
+    for task, status, best in zip(finished.tasks, finished.status, finished.best_loss, strict=True):
         own = [line.loss for line in lines if line.adapter == task.name]
         tail = own[-max(1, len(own) // 10) :]
         rows.append(
@@ -417,7 +458,7 @@ def print_outcome(finished: Finished, console: Console) -> None:
     headings = ["adapter", "", "steps", "loss at first", "at last", "best held out"]
     console.print(table_of("", headings, rows))
     console.print(f"Adapters, logs and curves are in {escape(str(out))}.", highlight=False, soft_wrap=True)
-    if DIVERGED in finished.state.status.tolist():
+    if DIVERGED in finished.status:
         console.print("[red]An adapter diverged: it was stopped before that step. Try a lower learning rate.[/]")
 
 

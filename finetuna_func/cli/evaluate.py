@@ -35,10 +35,10 @@ def evaluate(
     base: o.RequiredBase,
     data: Annotated[list[Path], typer.Option("--data", help="File to evaluate on. Repeat for several.")],
     adapter: Annotated[list[Path] | None, typer.Option("--adapter", help="Folder of an adapter. Repeat.")] = None,
-    max_length: Annotated[int, typer.Option(help="Most tokens in an example.")] = 512,
-    limit: Annotated[int | None, typer.Option(help="Only the first examples of each file.")] = None,
+    max_length: Annotated[int, typer.Option(help="Most tokens in an example.", min=2)] = 512,
+    limit: Annotated[int | None, typer.Option(help="Only the first examples of each file.", min=1)] = None,
     completion_only: Annotated[bool, typer.Option(help="Count completions and the assistant's turns only.")] = True,
-    batch_size: Annotated[int, typer.Option(help="Rows of each adapter in one forward.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Rows of each adapter in one forward.", min=1)] = 4,
     pack_rows: Annotated[bool, typer.Option("--pack", help="Put several short examples in a row.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write the numbers to this JSON file too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
@@ -53,10 +53,6 @@ def evaluate(
 
     The losses are means over the learnt tokens, in nats; the perplexity is their exponential.
     """
-    if limit is not None and limit < 1:
-        raise typer.BadParameter("expected at least 1.", param_hint="--limit")
-    if batch_size < 1:
-        raise typer.BadParameter("expected at least 1.", param_hint="--batch-size")
     opened = open_base(base, device)
     tokenizer = open_tokenizer(base)
     probe(opened, packed=pack_rows)

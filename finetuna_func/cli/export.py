@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @app.command(no_args_is_help=True)
 def export(
     base: o.RequiredBase,
-    adapter: Annotated[Path, typer.Option("--adapter", help="Folder of an adapter.")],
+    adapter: Annotated[list[Path], typer.Option("--adapter", help="Folder of an adapter.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
     format: Annotated[
         Literal["peft", "merged"],
@@ -49,8 +49,10 @@ def export(
     The first is read by `peft.PeftModel.from_pretrained(model, "poems-peft")`, the second by
     `AutoModelForCausalLM.from_pretrained("poems-model")`.
     """
+    if len(adapter) > 1:
+        raise typer.BadParameter("one at a time; finetuna merge puts several into one model.", param_hint="--adapter")
     opened = open_base(base, "cpu")
-    ((name, tuned),) = open_adapters(opened, [adapter])
+    ((name, tuned),) = open_adapters(opened, adapter)
     if format == "merged":
         write_model(base, opened, ft.merge(opened, tuned, dtype=DTYPES.get(dtype)), out, dtype)
     else:
@@ -58,7 +60,9 @@ def export(
         ft.save(out, tuned)
         described = out / "adapter_config.json"
         if not described.is_file():
-            raise ValueError(f"{adapter}: PEFT has no form for this adapter (the log says why); use --format merged.")
+            raise ValueError(
+                f"{adapter[0]}: PEFT has no form for this adapter (the log says why); use --format merged."
+            )
         said = json.loads(described.read_text("utf-8"))
         write_json(described, said | {"base_model_name_or_path": model, "task_type": "CAUSAL_LM"})
     console().print(f"{out}: {name} as {format}", highlight=False, soft_wrap=True)

@@ -40,11 +40,13 @@ def generate(
     ] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system's message.")] = None,
     with_base: Annotated[bool, typer.Option("--with-base", help="Let the base itself answer too.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 64,
     temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token; above, tokens are drawn.")
+        float, typer.Option(help="0 always takes the likeliest token; above, tokens are drawn.", min=0)
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this share.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that together have this share.", min=0, max=1)
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each answer.")] = False,
     device: o.DeviceOption = None,
@@ -54,6 +56,9 @@ def generate(
     ```
     finetuna generate --base base --adapter run/poems --adapter run/sums \
         --with-base --prompt "An old man had" --temperature 0.7 --seed 1
+    finetuna generate --base base --adapter run/sums \
+        --chat --system "Be brief." --prompt "How many are 2 and 2?"
+    finetuna generate --base base --adapter run/poems < prompt.txt
     ```
     """
     from finetuna_func.decode import generate as decode

@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.tree import Tree
 from safetensors import SafetensorError, safe_open
 
+from finetuna_func.checkpoint import DESCRIPTION
 from finetuna_func.cli._app import app, console
-from finetuna_func.cli._base import open_base
+from finetuna_func.cli._base import is_adapter, open_base
 from finetuna_func.cli._display import facts_of
 
 
@@ -41,7 +42,13 @@ def inspect(
     finetuna inspect run/poems
     ```
     """
-    if (path / "adapter_model.safetensors").is_file():
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such folder; expected one of a base, a model or an adapter.")
+    if not is_adapter(path) and not (path / "config.json").is_file() and not (path / DESCRIPTION).is_file():
+        inside = sorted(str(own) for own in path.iterdir() if is_adapter(own))
+        hint = f"; there are {', '.join(inside[:5])} in it" if inside else ""
+        raise ValueError(f"{path}: is not the folder of a base, a model or an adapter{hint}.")
+    if is_adapter(path) and (path / "adapter_model.safetensors").is_file():
         title, facts, leaves = _adapter(path)
     else:
         title, facts, leaves = _base(path)

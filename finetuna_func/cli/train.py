@@ -19,7 +19,10 @@ def train(
     data: Annotated[
         list[Path] | None,
         o._option(
-            "Files", "File to train an adapter on: .jsonl, .json or .txt. Repeat: each gets an adapter.", "--data"
+            "Files",
+            "File to train an adapter on: .jsonl, .json, .txt, .parquet, or a folder of `datasets`. Repeat: each gets "
+            "one.",
+            "--data",
         ),
     ] = None,
     out: o.OutOption = None,
@@ -32,9 +35,9 @@ def train(
         list[str] | None, o._option("Per adapter", "What to call it. [default: after its file]", "--name")
     ] = None,
     learning_rate: Annotated[
-        list[float], o._option("Per adapter", "Highest learning rate.", "--learning-rate", "--lr")
+        list[float], o._option("Per adapter", "Highest learning rate.", "--learning-rate", "--lr", min=0)
     ] = [1e-3],  # noqa: B006 (typer reads it)
-    rank: Annotated[list[int], o._option("Per adapter", "Rank.", "--rank")] = [8],  # noqa: B006
+    rank: Annotated[list[int], o._option("Per adapter", "Rank.", "--rank", min=1)] = [8],  # noqa: B006
     alpha: Annotated[
         list[float] | None, o._option("Per adapter", "Numerator of the scale. [default: twice the rank]", "--alpha")
     ] = None,
@@ -42,7 +45,7 @@ def train(
     steps: o.StepsOption = None,
     max_length: o.LengthOption = [512],  # noqa: B006
     dropout: o.DropoutOption = [0.0],  # noqa: B006
-    seed: Annotated[list[int], o._option("Per adapter", "Of first values, order and dropout.", "--seed")] = [0],  # noqa: B006
+    seed: Annotated[list[int], o._option("Per adapter", "Of first values, order and dropout.", "--seed", min=0)] = [0],  # noqa: B006
     pack: o.PackOption = False,
     completion_only: o.CompletionOption = True,
     batch_size: o.BatchOption = 4,
@@ -53,8 +56,9 @@ def train(
     clip: o.ClipOption = 1.0,
     remat: o.RematOption = False,
     compile: o.CompileOption = False,
+    at_once: o.AtOnceOption = None,
     eval_data: o.EvalDataOption = None,
-    eval_fraction: Annotated[float, o._option("Evaluation", "Share of the examples to hold out.")] = 0.0,
+    eval_fraction: Annotated[float, o._option("Evaluation", "Share of the examples to hold out.", min=0, max=1)] = 0.0,
     eval_every: o.EvalEveryOption = None,
     patience: o.PatienceOption = None,
     keep_best: o.KeepBestOption = True,

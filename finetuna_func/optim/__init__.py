@@ -25,6 +25,15 @@ waits for the device. Outermost, small leaves are computed together (``torch._fo
 starting hundreds of kernels takes longer than their arithmetic. `flatten` makes one leaf of all, for which
 a step is some thirty kernels, or one or two if it is compiled, as `compile_step` does. The values are the same.
 
+**torch.optim.** Params are plain tensors, so ``torch.optim`` takes them too, on leaves of one's own that it
+changes in place; what it has trained is a finetune again with ``tuned.replace(params=own)``:
+
+    >>> base, tuned = new_finetuned(tiny_model(), plain_layers=())
+    >>> own = {name: leaf.clone().requires_grad_() for name, leaf in tuned.params.items()}
+    >>> optimizer = torch.optim.AdamW(own.values(), lr=1e-3)
+    >>> apply(base, tuned.replace(params=own), torch.arange(3)).square().mean().backward()
+    >>> optimizer.step()
+
 Source of the design: `optax <https://github.com/google-deepmind/optax>`_.
 """
 
