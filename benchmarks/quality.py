@@ -669,6 +669,8 @@ def load_model(path: Path) -> tuple[Any, Any]:
     if path.suffix == ".gguf":
         folder, options = path.parent, options | {"gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if tokenizer.pad_token is None:  # which some checkpoints leave open; padding is masked, so that any will do
+        tokenizer.pad_token = tokenizer.eos_token
     if path.suffix == ".gguf":
         options["quantization_config"] = GgufConfig(gguf_file=path.name, dequantize=True)
     with real_data._quiet_transformers():
