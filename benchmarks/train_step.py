@@ -5,7 +5,8 @@ random weights, in bfloat16: finetuna_func on an int8 and on a bfloat16 base, ea
 against PEFT on bfloat16 (one adapter after another, and one adapter on all tokens) and PEFT on
 bitsandbytes' LLM.int8. All in one run. The ceiling is 4 * parameters * tokens floating-point
 operations (forward, and the gradient with respect to activations) at the matrix product rate
-measured in the same run.
+measured in the same run. Every row is a process of its own. Several get ready (compile) at the same time, and then are
+timed one after another, with nothing else at work.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import argparse
 import gc
 import json
 import logging
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +40,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One line of the table; ``ceiling`` is its share of what the GPU could do."""
 
+    shape: str
     name: str
     ms: float
     tokens_per_s: float
@@ -99,9 +104,11 @@ def ours(base: ft.Base, ids: Tensor, *, route: str = "stacked", **options: Any) 
     if route == "stacked":
         step = ft.stacked_value_and_grad(stacked_loss(base, **options))
         return lambda: step(stacked, ids)
-    if route == "step":  # with clipping and AdamW
+    if route in ("step", "gradients"):  # with clipping and AdamW, or with nothing to do but add up
         step_options = {name: options.pop(name) for name in ("cuda_graph", "donate") if name in options}
         tx = ft.optim.chain(ft.optim.clip_by_global_norm(1.0), ft.optim.adamw(1e-5))
+        if route == "gradients":
+            tx = ft.optim.scale(-1e-5)
         if options.pop("flat", True):
             tx = ft.optim.flatten(tx)
         state = tx.init(stacked)
@@ -130,29 +137,36 @@ def ours(base: ft.Base, ids: Tensor, *, route: str = "stacked", **options: Any) 
     return lambda: torch.func.vmap(torch.func.grad(raw))(dict(stacked.params), stacked, ids)
 
 
-def peft_model(model: nn.Module) -> nn.Module:
-    """Returns PEFT's LoRA on the model, in training mode with gradients for the adapters alone."""
+def peft_model(model: nn.Module, *, float32: bool = False) -> nn.Module:
+    """Returns PEFT's LoRA on the model, in training mode with gradients for the adapters alone.
+
+    Args:
+        model: The model.
+        float32: Whether adapters are in float32, and what they compute, as PEFT does by default; else in the model's
+            dtype, which is faster. (Ours are stored in float32 and computed in the model's dtype.)
+    """
     import peft
 
     config = peft.LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=list(PROJECTIONS))
-    wrapped = peft.get_peft_model(model, config)
+    wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=float32)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.01)
     return wrapped
 
 
-def peft_step(model: nn.Module, ids: Tensor, *, compiled: bool) -> Callable[[], Any]:
-    """Returns a step of PEFT over batches ``(N, B, T)``, one after another."""
+def peft_step(model: nn.Module, ids: Tensor, compile: str | None = None) -> Callable[[], Any]:
+    """Returns a step of PEFT over batches ``(N, B, T)``, one after another; ``compile`` is torch.compile's mode."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def loss(batch: Tensor) -> Tensor:
         return causal_loss(model(batch, use_cache=False).logits, batch)
 
-    run = torch.compile(loss) if compiled else loss
+    run = loss if compile is None else torch.compile(loss, mode=compile, dynamic=False)
 
     def step() -> None:
         for batch in ids:
+            torch.compiler.cudagraph_mark_step_begin()
             torch.autograd.grad(run(batch), parameters)
 
     return step
@@ -175,16 +189,21 @@ def llm_int8(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-def measure(name: str, make: Callable[[], Callable[[], Any]], tokens: int, ceiling_ms: float, repeats: int) -> Row:
-    """Returns the median time of a step, after warm-up, and its peak memory."""
-    gc.collect()
-    torch.cuda.empty_cache()
+def ready(make: Callable[[], Callable[[], Any]]) -> tuple[Callable[[], Any], float]:
+    """Returns a step that has run once, and how long that took, in seconds."""
     step = make()
     start = time.perf_counter()
     step()
     torch.cuda.synchronize()
     first = time.perf_counter() - start
-    for _ in range(2):
+    gc.collect()
+    torch.cuda.empty_cache()
+    return step, first
+
+
+def timed(step: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Returns the median time of a step in ms, after warm-up, and its peak memory in GiB."""
+    for _ in range(3):
         step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -196,11 +215,7 @@ def measure(name: str, make: Callable[[], Callable[[], Any]], tokens: int, ceili
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    ms = statistics.median(times)
-    row = Row(name, ms, tokens / ms * 1e3, torch.cuda.max_memory_allocated() / 2**30, ceiling_ms / ms, first)
-    print(f"{row.name:62s} {row.ms:8.1f} ms {row.tokens_per_s / 1e3:8.1f} k tok/s {row.peak_gib:6.2f} GiB "
-          f"{row.ceiling:6.1%} of ceiling  first call {row.first_call_s:5.1f} s", flush=True)  # fmt: skip
-    return row
+    return statistics.median(times), torch.cuda.max_memory_allocated() / 2**30
 
 
 def matmul_rate() -> float:
@@ -217,98 +232,149 @@ def matmul_rate() -> float:
     return 10 * 2 * 8192**3 / (begin.elapsed_time(end) * 1e-3)
 
 
-def main() -> None:
-    """Runs the variants and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=2, help="rows per adapter")
-    parser.add_argument("--length", type=int, default=1024, help="tokens per row")
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--only", default="", help="parts of variants' names, or =name, with ; between; default all")
-    parser.add_argument("--profile", default="", help="part of a variant's name: print its kernels by time")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    args = parser.parse_args()
+ONLY = "parts of rows' names, or =name, or '=4x2x1024 name', with ; between; default all"
+COMPILED = {"compile": "blocks"}
+RECORDED = {"compile": "blocks", "cuda_graph": True, "donate": True}
+OURS: dict[str, dict[str, Any]] = {
+    "int8 eager": {},
+    "bf16 eager": {},
+    "int8 blocks compiled": COMPILED,
+    "bf16 blocks compiled": COMPILED,
+    "int8 blocks compiled, remat": {**COMPILED, "remat": "blocks"},
+    "int8 blocks compiled, step with AdamW": {**COMPILED, "route": "step", "cuda_graph": False},
+    "int8 blocks compiled, CUDA graph": {**RECORDED, "route": "gradients"},
+    "bf16 blocks compiled, CUDA graph": {**RECORDED, "route": "gradients"},
+    "int8 blocks compiled, step with AdamW, CUDA graph": {**RECORDED, "route": "step"},
+    "int8 blocks compiled, step with AdamW by leaf, CUDA graph": {**RECORDED, "route": "step", "flat": False},
+    "int8 blocks compiled, remat, step with AdamW, CUDA graph": {**RECORDED, "route": "step", "remat": "blocks"},
+    "int8 eager, remat": {"remat": "blocks"},
+    "int8 whole compiled": {"route": "whole"},
+    "int8 whole compiled, CUDA graphs": {"route": "whole", "mode": "reduce-overhead"},
+    "int8 eager vmapped": {"route": "vmapped"},
+    "int8 raw vmap(grad)": {"route": "raw"},
+}
+PEFT = {
+    "bf16 compiled, loop": "default",
+    "bf16 compiled, CUDA graphs, loop": "reduce-overhead",
+    "bf16 compiled, one adapter": "default",
+    "bf16 compiled, CUDA graphs, one adapter": "reduce-overhead",
+    "bf16 compiled, adapters in float32, loop": "default",
+    "bf16 compiled, adapters in float32, one adapter": "default",
+    "bf16 eager, loop": None,
+    "bf16 eager, one adapter": None,
+    "+ LLM.int8 eager, loop": None,
+}
 
+
+def variant(name: str, shape: tuple[int, int, int], layers: int) -> Callable[[], Any]:
+    """Returns the step of a row."""
+    ids = torch.randint(0, 32000, shape, device="cuda")
+    whose, own = name.split(" ", 1)
+    if whose == "ours":
+        model = llama(layers, "cuda")
+        base = ft.quantize_base_model(model, modules_not_to_quantize=".*" if own.startswith("bf16") else ())
+        del model  # so that a peak is that of a row's own
+        return ours(base, ids, **OURS[own])
+    if own.endswith("one adapter"):
+        ids = ids.reshape(1, -1, shape[-1])
+    model = llama(layers, "cuda")
+    model = peft_model(llm_int8(model) if "LLM.int8" in own else model, float32="float32" in own)
+    return peft_step(model, ids, PEFT[own])
+
+
+def run_row(
+    channel: Connection, name: str, shape: tuple[int, int, int], layers: int, repeats: int, profile: bool
+) -> None:
+    """Gets a row ready, says so, waits for its turn, and sends its numbers; in a process of its own."""
     torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", message="MatMul8bitLt")  # bitsandbytes, at every layer of every step
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    device = "cuda"
-    n, b, t = args.adapters, args.batch, args.length
-    ids = torch.randint(0, 32000, (n, b, t), device=device)
-    one = ids.reshape(1, n * b, t)
+    try:
+        step, first = ready(lambda: variant(name, shape, layers))
+        channel.send(first)
+        channel.recv()
+        channel.send(timed(step, repeats))
+        if profile:
+            show_kernels(step)
+    except torch.OutOfMemoryError:
+        channel.send("out of memory")
+    except Exception as error:  # one peer that fails must not lose the others' numbers
+        traceback.print_exc()
+        channel.send(f"failed: {type(error).__name__}: {str(error)[:300]}")
+
+
+def main() -> None:
+    """Runs the variants and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="*", default=["4x2x1024"], help="adapters x rows of each x tokens of a row")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--only", default="", help=ONLY)
+    parser.add_argument("--at-once", type=int, default=4, help="rows that get ready at the same time")
+    parser.add_argument("--profile", default="", help="part of a variant's name: print its kernels by time")
+    parser.add_argument("--json", type=Path, help="also write the rows here, after each")
+    args = parser.parse_args()
+
     rate = matmul_rate()
-    model = llama(args.layers, device)
+    with torch.device("meta"):
+        model = llama(args.layers, "meta")
     parameters = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
-    ceiling_ms = 4 * parameters * ids.numel() / rate * 1e3
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {rate / 1e12:.0f} TFLOP/s bf16 matmul; "
-        f"{parameters / 1e9:.2f} B matmul parameters, {n} adapters x {b} x {t}; ceiling {ceiling_ms:.1f} ms"
+        f"{parameters / 1e9:.2f} B matmul parameters"
     )
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    report = {"commit": head.stdout.strip(), "argv": sys.argv, "rate": rate, "rows": []}
+    torch.cuda.empty_cache()
 
-    bases = [ft.quantize_base_model(model)]
-    del model  # so that a peak is that of a row's own
-
-    def int8() -> ft.Base:
-        return bases[0]
-
-    def bf16() -> ft.Base:
-        return ft.quantize_base_model(llama(args.layers, device), modules_not_to_quantize=".*")
-
-    def peft_bf16() -> nn.Module:
-        return peft_model(llama(args.layers, device))
-
-    variants: dict[str, Callable[[], Callable[[], Any]]] = {
-        "ours int8 eager": lambda: ours(int8(), ids),
-        "ours bf16 eager": lambda: ours(bf16(), ids),
-        "ours int8 blocks compiled": lambda: ours(int8(), ids, compile="blocks"),
-        "ours bf16 blocks compiled": lambda: ours(bf16(), ids, compile="blocks"),
-        "ours int8 blocks compiled, remat": lambda: ours(int8(), ids, compile="blocks", remat="blocks"),
-        "ours int8 blocks compiled, step with AdamW": lambda: ours(
-            int8(), ids, route="step", compile="blocks", cuda_graph=False
-        ),
-        "ours int8 blocks compiled, step with AdamW, CUDA graph": lambda: ours(
-            int8(), ids, route="step", compile="blocks", cuda_graph=True, donate=True
-        ),
-        "ours int8 blocks compiled, step with AdamW by leaf, CUDA graph": lambda: ours(
-            int8(), ids, route="step", compile="blocks", cuda_graph=True, donate=True, flat=False
-        ),
-        "ours int8 blocks compiled, remat, step with AdamW, CUDA graph": lambda: ours(
-            int8(), ids, route="step", compile="blocks", remat="blocks", cuda_graph=True, donate=True
-        ),
-        "ours int8 eager, remat": lambda: ours(int8(), ids, remat="blocks"),
-        "ours int8 whole compiled": lambda: ours(int8(), ids, route="whole"),
-        "ours int8 whole compiled, CUDA graphs": lambda: ours(int8(), ids, route="whole", mode="reduce-overhead"),
-        "ours int8 eager vmapped": lambda: ours(int8(), ids, route="vmapped"),
-        "ours int8 raw vmap(grad)": lambda: ours(int8(), ids, route="raw"),
-        "PEFT bf16 eager, loop": lambda: peft_step(peft_bf16(), ids, compiled=False),
-        "PEFT bf16 compiled, loop": lambda: peft_step(peft_bf16(), ids, compiled=True),
-        "PEFT bf16 eager, one adapter": lambda: peft_step(peft_bf16(), one, compiled=False),
-        "PEFT bf16 compiled, one adapter": lambda: peft_step(peft_bf16(), one, compiled=True),
-        "PEFT + LLM.int8 eager, loop": lambda: peft_step(
-            peft_model(llm_int8(llama(args.layers, device))), ids, compiled=False
-        ),
-    }
     wanted = [part for part in args.only.split(";") if part]
-    rows = []
-    for name, make in variants.items():
-        if wanted and not any(part == f"={name}" or part in name for part in wanted):
-            continue
-        if name.startswith("PEFT"):
-            bases.clear()
-        torch._dynamo.reset()
-        try:
-            rows.append(measure(name, make, ids.numel(), ceiling_ms, args.repeats))
-            if args.profile and args.profile in name:
-                show_kernels(make())
-        except torch.OutOfMemoryError:
-            print(f"{name:62s} out of memory", flush=True)
-        except Exception as error:  # one peer that fails must not lose the others' numbers
-            print(f"{name:62s} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
-    if args.json:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        report = {"commit": head.stdout.strip(), "argv": sys.argv, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(report, indent=1))
+    names = [f"PEFT {own}" for own in PEFT] + [f"ours {own}" for own in OURS]
+    todo = [
+        (shape, name)
+        for shape in args.shape
+        for name in names
+        if not wanted
+        or any(f"{shape} {name}".endswith(part[1:]) if part[0] == "=" else part in name for part in wanted)
+    ]
+    todo.sort(key=lambda own: names.index(own[1]))
+    spawn = multiprocessing.get_context("spawn")
+    while todo:
+        group, todo = todo[: args.at_once], todo[args.at_once :]
+        running = []
+        for shape, name in group:
+            here, there = spawn.Pipe()
+            sizes = tuple(int(size) for size in shape.split("x"))
+            profiled = bool(args.profile) and args.profile in name
+            process = spawn.Process(target=run_row, args=(there, name, sizes, args.layers, args.repeats, profiled))
+            process.start()
+            there.close()
+            running.append((shape, name, sizes, process, here))
+        firsts = [answer_of(channel) for *_, channel in running]
+        for (shape, name, sizes, process, channel), first in zip(running, firsts, strict=True):
+            answer: Any = first
+            if isinstance(first, float):
+                channel.send("your turn")
+                answer = answer_of(channel)
+            process.join()
+            if isinstance(answer, str):
+                print(f"{shape:9s} {name:62s} {answer}", flush=True)
+                continue
+            (ms, peak), tokens = answer, sizes[0] * sizes[1] * sizes[2]
+            row = Row(shape, name, ms, tokens / ms * 1e3, peak, 4 * parameters * tokens / rate / ms * 1e3, first)
+            print(f"{shape:9s} {row.name:62s} {row.ms:8.1f} ms {row.tokens_per_s / 1e3:8.1f} k tok/s "
+                  f"{row.peak_gib:6.2f} GiB {row.ceiling:6.1%} of ceiling  first call {row.first_call_s:5.1f} s",
+                  flush=True)  # fmt: skip
+            report["rows"].append(asdict(row))
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1))
+
+
+def answer_of(channel: Connection) -> Any:
+    """Returns what a row's process sends."""
+    try:
+        return channel.recv()
+    except EOFError:
+        return "failed: its process ended"
 
 
 def show_kernels(step: Callable[[], Any]) -> None:
@@ -319,7 +385,7 @@ def show_kernels(step: Callable[[], Any]) -> None:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         step()
         torch.cuda.synchronize()
-    print(trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=70))
+    print(trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
 
 
 if __name__ == "__main__":

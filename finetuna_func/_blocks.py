@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
-from torch._functorch import config as functorch_config
 
 from finetuna_func._filters import join_name
 from finetuna_func._hf import records_inside_blocks
+from finetuna_func._kept import compile_block
 from finetuna_func._layers import LEAF_NAMES, Binding, Call
 from finetuna_func._levels import inside_transform
 from finetuna_func._remat import remat
@@ -121,7 +121,7 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     compile = call.compile and can_compile()
     again = call.remat and not compile  # the compiler does it otherwise
     function = compiled(block.representative, _call, remat=call.remat) if compile else _call
-    state = call.of_block(block.path, block.representative_path)
+    state = call.of_block(block.path, block.representative_path, fused=compile)
 
     def pure(leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         # The backward pass may come here again, when the call is over: all that the block knows is set and unset.
@@ -202,17 +202,8 @@ def compiled(module: nn.Module, function: Callable[..., Any], *, remat: bool = F
         assert isinstance(function, types.FunctionType)
         # A code object of its own: recompilations are counted by it, over all who share it, and end at eight.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        run = torch.compile(own, fullgraph=True)
-        kept[remat] = _saving_nothing(run) if remat else run
+        kept[remat] = compile_block(own, remat=remat)
     return kept[remat]
-
-
-def _saving_nothing(run: Callable[..., Any]) -> Callable[..., Any]:
-    def with_inputs_alone(*args: Any) -> Any:
-        with functorch_config.patch(activation_memory_budget=0.0):  # read when it compiles
-            return run(*args)
-
-    return with_inputs_alone
 
 
 def _exchange(module: nn.Module, settings: Mapping[tuple[str, str], Any]) -> dict[tuple[str, str], Any]:

@@ -28,6 +28,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack  # type: ig
 
 from finetuna_func import _random
 from finetuna_func._ops import compute_dtype, frozen_matmul
+from finetuna_func._products import adapted_products
 from finetuna_func._quant import SUFFIXES, Scheme
 from finetuna_func._types import AdapterKind
 
@@ -87,6 +88,7 @@ class Call:
     pure: bool = True  # whether a call runs at all, and not a module that `to_module` gave away
     remat: bool = False  # whether blocks are computed again in the backward pass
     compile: bool = False  # whether blocks are compiled
+    fused: bool = False  # whether this is a block that is compiled
     part: Part = "all"  # of a model with a head: the body without the head, or the head without the body
     body_output: Any = None  # what the body returned, or stands for what it returns
     causal: Tensor | None = None  # a mask that blocks take for none: see `_hf.causal_mask`
@@ -105,10 +107,10 @@ class Call:
         for name, value in zip(_CALL_FIELDS, state, strict=True):
             setattr(self, name, value)
 
-    def of_block(self, path: str, representative: str) -> Call:
+    def of_block(self, path: str, representative: str, *, fused: bool = False) -> Call:
         """Returns what a block knows that runs through its representative: its draws so far under those paths."""
         draws = {representative + own[len(path) :]: n for own, n in self.draws.items() if _is_below(own, path)}
-        return Call(self.stack, self.rows, self.inputs, self.pure, within=self.within, draws=draws)
+        return Call(self.stack, self.rows, self.inputs, self.pure, fused=fused, within=self.within, draws=draws)
 
     def enter(self, block: Call) -> CallState:
         """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""
@@ -305,6 +307,8 @@ def linear(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     x = _to_rows(layer, leaves, x)
     if "lora_magnitude" in leaves:
         return _dora(layer, leaves, x)
+    if _is_fused(layer, leaves):
+        return _fused(layer, leaves, x)
     return _add_lora(layer, leaves, x, _affine(layer, leaves, x))
 
 
@@ -451,10 +455,58 @@ def _add_lora(layer: nn.Module, leaves: Leaves, x: Tensor, y: Tensor) -> Tensor:
         out = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), b.T).reshape(y.shape)
     else:
         out = torch.baddbmm(y.reshape(b.shape[0], -1, y.shape[-1]), low, b.mT).reshape(y.shape)
-    if "lora_bias" in leaves:
-        bias = leaves["lora_bias"].to(y.dtype) * scale.to(y.dtype).unsqueeze(-1)
-        out = out + _per_row(bias, out, call, 1)
-    return out
+    return _add_lora_bias(leaves, out, call)
+
+
+def _add_lora_bias(leaves: Leaves, y: Tensor, call: Call) -> Tensor:
+    if "lora_bias" not in leaves:
+        return y
+    bias = leaves["lora_bias"].to(y.dtype) * leaves["lora_scale"].to(y.dtype).unsqueeze(-1)
+    return y + _per_row(bias, y, call, 1)
+
+
+def _is_fused(layer: nn.Module, leaves: Leaves) -> bool:
+    """Whether a layer and its adapter run as one function: in a compiled block, on codes (floats it would copy)."""
+    binding: Binding = layer._ft  # type: ignore[assignment]
+    if not binding.call.fused or "lora_a" not in leaves or "dropout_key" in leaves:
+        return False
+    return not leaves["weight"].is_floating_point() and binding.scheme.linearised == binding.scheme
+
+
+def _fused(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
+    call: Call = layer._ft.call  # type: ignore[union-attr, assignment]
+    y, bias = _fused_products(layer, leaves, x), leaves.get("bias")
+    y = y if bias is None else y + _per_row(bias.to(y.dtype), y, call, 1)
+    return _add_lora_bias(leaves, y, call)
+
+
+def _fused_products(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
+    """The layer's product and its adapter's, without biases, made with those of its siblings by the first of them."""
+    binding: Binding = layer._ft  # type: ignore[assignment]
+    call = binding.call
+    given = call.shared.pop(binding.path, None)
+    if given is not None and given[0] is x:
+        return given[1]
+    x_own = x.to(compute_dtype(x))
+    group: dict[str, Leaves] = {binding.path: leaves}
+    weights = [binding.scheme.dequantize(x_own.dtype, *_quantized(leaves, binding.scheme))]
+    if given is None:
+        for sibling in binding.siblings:
+            theirs = leaves_of(sibling)
+            own: Binding = sibling._ft  # type: ignore[assignment]
+            if _is_fused(sibling, theirs) and _stack_up(theirs["lora_a"], leaves["lora_a"]):
+                group[own.path] = theirs
+                weights.append(own.scheme.dequantize(x_own.dtype, *_quantized(theirs, own.scheme)))
+    factors = [effective_factors(theirs) for theirs in group.values()]
+    a = torch.cat([a for a, _ in factors], dim=-2) if len(factors) > 1 else factors[0][0]
+    bs = [
+        (b * theirs["lora_scale"].unsqueeze(-1).unsqueeze(-1)).to(x_own.dtype)
+        for (_, b), theirs in zip(factors, group.values(), strict=True)
+    ]
+    y, *others = adapted_products(x_own, a.to(x_own.dtype), weights, bs)
+    for path, other in zip(list(group)[1:], others, strict=True):
+        call.shared[path] = (x, other)
+    return y
 
 
 def _plus_by_rows(y: Tensor, low: Tensor, b: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def compile_step(
     # are views of, so that a recording has few tensors to copy.
     def update(grads: Any, state: Any, tuned: Finetuned) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, tuned)
-        return optim.apply_updates(tuned, updates).params, state
+        return dict(optim.apply_updates(tuned, updates).params), state
 
     inner = tx.inner if isinstance(tx, optim.Flattened) else None
 
@@ -112,7 +112,7 @@ def compile_step(
         )
         if cuda_graph and not on_gpu:
             raise ValueError("compile_step(cuda_graph=True): not all tensors are on a CUDA device; move them there.")
-        layout, params = None, dict(tuned.params)
+        layout, params = None, {name: tuned.params[name] for name in sorted(tuned.params)}
         if inner is not None:
             if not isinstance(state, optim.FlattenState):
                 raise TypeError(
@@ -186,6 +186,8 @@ class _Recorded:
                 outputs = [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
                 donated = 0
                 if self._donate:  # what goes in first comes out first: finetunes and state
+                    given, result = (torch_pytree.tree_structure(tree[i : i + 2]) for tree, i in ((args, 1), (out, 0)))
+                    assert given == result, f"the step takes {given} and returns {result}"
                     donated = sum(isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(out[:2]))
                     news = [(own, new) for own, new in zip(inputs, outputs[:donated], strict=False) if own is not new]
                     if news:

@@ -620,16 +620,14 @@ def test_one_graph_whether_or_not_the_embedding_is_adapted(
 def test_what_blocks_are_given_changes_no_number(
     make: Callable[[], nn.Module], remat: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """Bit by bit, if the compiler does nothing; and what needs no derivative still needs none."""
+    """Up to the order of sums, if the compiler does nothing; and what needs no derivative still needs none."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     base = ft.quantize_base_model(make())
     layers = {"fc"} if make is SmallLm else {"q_proj"} if make is llama else {"c_fc"}
     tuned, ids = finetunes(base, N, adapt_layers=layers, plain_layers=set()), ids_for(2, 5)
     found = train(base, tuned[0], ids, compile="blocks", remat=remat)
     expected = train(base, tuned[0], ids, remat=remat)
-    for a, e in zip(torch_pytree.tree_leaves(found), torch_pytree.tree_leaves(expected), strict=True):
-        assert torch.equal(a, e)
-    assert not torch.equal(expected[0], train(base, tuned[1], ids, remat=remat)[0])
+    assert_trees_close(found, expected, FP32, unlike=train(base, tuned[1], ids, remat=remat))
     trained = tuned[0].replace(params={k: v.clone().requires_grad_() for k, v in tuned[0].params.items()})
     for given, needed in ((None, False), (tuned[0], False), (trained, True)):
         (out,) = leaves_of(ft.apply(base, given, ids, compile="blocks", remat=remat))

@@ -1,0 +1,67 @@
+"""What a compiled block keeps from its forward for its backward pass.
+
+The compiler decides, by size. It would keep a weight once it is dequantized, since the backward pass reads it as well:
+twice the memory of the codes, for every layer. Those are told to be made again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch.utils.checkpoint import CheckpointPolicy
+
+CODES = (torch.int8, torch.uint8)
+
+
+def compile_block(function: Callable[..., Any], *, remat: bool) -> Callable[..., Any]:
+    """Returns the compiled function.
+
+    Args:
+        function: A pure function.
+        remat: Whether to keep nothing but inputs, and to compute all else again.
+    """
+    # Combined, the many small kernels for adapters are few: launching them took the host longer than a GPU the block.
+    options = {"joint_custom_post_pass": _make_weights_again(), "combo_kernels": True}
+    run = torch.compile(function, fullgraph=True, options=options)
+    return _keeping_inputs(run) if remat else run
+
+
+def _keeping_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
+    def with_inputs_alone(*args: Any) -> Any:
+        with functorch_config.patch(activation_memory_budget=0.0):  # read when it compiles
+            return run(*args)
+
+    return with_inputs_alone
+
+
+@functools.cache
+def _make_weights_again() -> Any:
+    """The pass that marks what is made of codes, up to the product that reads it."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # which takes a second
+
+    class MakeWeightsAgain(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            made_of_codes: set[fx.Node] = set()
+            for node in graph.nodes:
+                if node.op == "placeholder":
+                    if getattr(node.meta.get("val"), "dtype", None) in CODES:
+                        made_of_codes.add(node)
+                elif node.op != "call_function" or node.target in _PRODUCTS:
+                    continue
+                elif any(own in made_of_codes for own in node.all_input_nodes):
+                    made_of_codes.add(node)
+                    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+        def uuid(self) -> bytes:
+            return get_hash_for_files((__file__,))
+
+    return MakeWeightsAgain()
+
+
+_aten = torch.ops.aten
+_PRODUCTS = frozenset((_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default))

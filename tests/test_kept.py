@@ -1,0 +1,56 @@
+"""What a compiled block keeps for its backward pass: with the real compiler, since it is the compiler that decides."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from models import finetunes, llama
+from torch import Tensor
+
+import finetuna_func as ft
+from finetuna_func import _kept
+
+IDS = torch.tensor([[1, 5, 9]])
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on the CPU")
+
+
+def kept_bytes(base: ft.Base, tuned: ft.Finetuned, ids: Tensor) -> int:
+    """What autograd keeps of a compiled call, beside tensors of the base and the finetune."""
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in tuned.params.items()}
+    given = {leaf.untyped_storage()._cdata for leaf in (*base.params.values(), *leaves.values())}
+    found: dict[int, Tensor] = {}
+
+    def note(leaf: Tensor) -> Tensor:
+        if leaf.untyped_storage()._cdata not in given:
+            found[leaf.untyped_storage()._cdata] = leaf
+        return leaf
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda leaf: leaf):
+        ft.apply(base, tuned.replace(params=leaves), ids, compile="blocks")
+    return sum(leaf.untyped_storage().nbytes() for leaf in found.values())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_weights_are_made_again_from_their_codes(scheme: str, monkeypatch: pytest.MonkeyPatch):
+    model = llama(hidden_size=64, intermediate_size=256)
+    of_blocks = sum(p.nbytes for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2)
+    layers = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+    def kept(**options: Any) -> int:
+        base = ft.quantize_base_model(model, **options)
+        return kept_bytes(base, finetunes(base, 1, adapt_layers=layers, plain_layers=set())[0], IDS)
+
+    of_codes, of_floats = kept(scheme=scheme), kept(modules_not_to_quantize=".*")
+    assert of_codes <= of_floats + 0.1 * of_blocks
+
+    class Nothing:  # without the pass
+        def __call__(self, graph: Any) -> None: ...
+
+        def uuid(self) -> None: ...
+
+    monkeypatch.setattr(_kept, "_make_weights_again", Nothing)
+    torch._dynamo.reset()
+    assert kept(scheme=scheme) >= of_codes + 0.5 * of_blocks
