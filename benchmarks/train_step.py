@@ -313,7 +313,12 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=4, help="rows that get ready at the same time")
     parser.add_argument("--profile", default="", help="part of a variant's name: print its kernels by time")
     parser.add_argument("--json", type=Path, help="also write the rows here, after each")
+    parser.add_argument("--report", type=Path, nargs="+", help="run nothing: print what --json wrote, as Markdown")
+    parser.add_argument("--plot", type=Path, help="with --report, also draw it, as PNG")
     args = parser.parse_args()
+    if args.report:
+        report_of(args.report, args.plot)
+        return
 
     rate = matmul_rate()
     with torch.device("meta"):
@@ -367,6 +372,44 @@ def main() -> None:
             report["rows"].append(asdict(row))
             if args.json:
                 args.json.write_text(json.dumps(report, indent=1))
+
+
+def report_of(paths: list[Path], picture: Path | None) -> None:
+    """Prints the rows of JSON files as a Markdown table, and draws them."""
+    rows = [Row(**row) for path in paths for row in json.loads(path.read_text())["rows"]]
+    for shape in dict.fromkeys(row.shape for row in rows):
+        print(f"| {shape.replace('x', ' x ')} | ms | k tok/s | peak GiB | of the ceiling | first call, s |")
+        print("|---|---:|---:|---:|---:|---:|")
+        for row in rows:
+            if row.shape == shape:
+                peak = "" if "CUDA graph" in row.name else f"{row.peak_gib:.2f}"  # whose own memory is not counted
+                print(f"| {row.name} | {row.ms:.1f} | {row.tokens_per_s / 1e3:.1f} | {peak} | {row.ceiling:.1%} "
+                      f"| {row.first_call_s:.0f} |")  # fmt: skip
+    if picture is not None:
+        plot(rows, picture)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draws the times of a step, and for each shape the time at the rate of a plain matrix product."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    counts = [sum(row.shape == shape for row in rows) for shape in shapes]
+    figure = Figure(figsize=(9, 0.8 * len(shapes) + 0.3 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(shapes), 1, squeeze=False, height_ratios=counts)[:, 0]
+    for shape, panel in zip(shapes, panels, strict=True):
+        own = sorted((row for row in rows if row.shape == shape), key=lambda row: -row.ms)
+        colors = ["tab:blue" if row.name.startswith("ours") else "tab:gray" for row in own]
+        bars = panel.barh([row.name for row in own], [row.ms for row in own], color=colors)
+        panel.bar_label(bars, [f"{row.ms:.0f} ms" for row in own], padding=3, fontsize=8)
+        panel.axvline(own[0].ceiling * own[0].ms, color="tab:red", linestyle="--", linewidth=1)
+        panel.set_title(f"{shape.replace('x', ' x ')}; red: the same products at the GPU's full rate", fontsize=9)
+        panel.set_xlim(0, 1.12 * own[0].ms)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 def answer_of(channel: Connection) -> Any:
