@@ -95,7 +95,8 @@ class Call:
     within: Context = nullcontext  # what the model's code runs in
     seen: set[str] = field(default_factory=set)  # layers whose forward ran
     draws: dict[str, int] = field(default_factory=dict)  # dropout masks drawn so far, by layer
-    shared: SharedProducts = field(default_factory=dict)  # input and product, for a sibling, by layer
+    shared: SharedProducts = field(default_factory=dict)  # input and first product of the adapter, for a sibling
+    fused_products: SharedProducts = field(default_factory=dict)  # input and the whole product, likewise
     running: list[str] | None = None  # layers whose forward runs now, the innermost last, if anybody asks
 
     def begin(self, **fields: Any) -> CallState:
@@ -114,11 +115,13 @@ class Call:
 
     def enter(self, block: Call) -> CallState:
         """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""
-        return self._exchange(replace(block, seen=set(), draws=dict(block.draws), shared={})._state())
+        return self._exchange(
+            replace(block, seen=set(), draws=dict(block.draws), shared={}, fused_products={})._state()
+        )
 
     def without_blocks(self) -> CallState:
         """Starts the same call anew, with blocks that run like other modules; returns what `restore` takes."""
-        again = replace(self, remat=False, compile=False, seen=set(), draws={}, shared={})
+        again = replace(self, remat=False, compile=False, seen=set(), draws={}, shared={}, fused_products={})
         return self._exchange(again._state())
 
     def _state(self) -> CallState:
@@ -468,7 +471,7 @@ def _add_lora_bias(leaves: Leaves, y: Tensor, call: Call) -> Tensor:
 def _is_fused(layer: nn.Module, leaves: Leaves) -> bool:
     """Whether a layer and its adapter run as one function: in a compiled block, on codes (floats it would copy)."""
     binding: Binding = layer._ft  # type: ignore[assignment]
-    if not binding.call.fused or "lora_a" not in leaves or "dropout_key" in leaves:
+    if not binding.call.fused or "lora_a" not in leaves or "dropout_key" in leaves or "lora_magnitude" in leaves:
         return False
     return not leaves["weight"].is_floating_point() and binding.scheme.linearised == binding.scheme
 
@@ -484,7 +487,7 @@ def _fused_products(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     """The layer's product and its adapter's, without biases, made with those of its siblings by the first of them."""
     binding: Binding = layer._ft  # type: ignore[assignment]
     call = binding.call
-    given = call.shared.pop(binding.path, None)
+    given = call.fused_products.pop(binding.path, None)
     if given is not None and given[0] is x:
         return given[1]
     x_own = x.to(compute_dtype(x))
@@ -505,7 +508,7 @@ def _fused_products(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     ]
     y, *others = adapted_products(x_own, a.to(x_own.dtype), weights, bs)
     for path, other in zip(list(group)[1:], others, strict=True):
-        call.shared[path] = (x, other)
+        call.fused_products[path] = (x, other)
     return y
 
 
@@ -544,7 +547,9 @@ def _low_rank(layer: nn.Module, leaves: Leaves, x: Tensor, dtype: torch.dtype) -
     if given is None:
         for sibling in binding.siblings:
             theirs = leaves_of(sibling)
-            if "lora_a" in theirs and "dropout_key" not in theirs and _stack_up(theirs["lora_a"], leaves["lora_a"]):
+            if "lora_a" not in theirs or "dropout_key" in theirs or _is_fused(sibling, theirs):
+                continue
+            if _stack_up(theirs["lora_a"], leaves["lora_a"]):
                 group[sibling._ft.path] = effective_factors(theirs)[0]  # type: ignore[union-attr]
     own, *others = _times_factors(x, list(group.values()), dtype)
     for path, part in zip(list(group)[1:], others, strict=True):

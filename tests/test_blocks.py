@@ -579,6 +579,40 @@ def test_compiled_blocks(fresh_compiler: Any):
     assert_trees_close(found, expected, FP32, unlike=unlike)
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+REST = dict.fromkeys(PROJECTIONS, ft.LinearAdapterConfig(r=4))
+DORA = ft.LinearAdapterConfig(r=4, dora=True)
+MIXED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "alike": ({}, {}),
+    "a float one first": ({"modules_not_to_quantize": {"q_proj", "gate_proj"}}, {}),
+    "a float one after": ({"modules_not_to_quantize": {"k_proj", "up_proj"}}, {}),
+    "formats": ({"scheme": {"k_proj": "nf4", "*": "int8"}}, {}),
+    "one trained in float": ({}, {"plain_layers": {"k_proj"}}),
+    "dora first": ({}, {"linear_config": REST | {"q_proj": DORA, "gate_proj": DORA}}),
+    "dora after": ({}, {"linear_config": REST | {"v_proj": DORA, "up_proj": DORA}}),
+    "ranks": ({}, {"linear_config": REST | {"k_proj": ft.LinearAdapterConfig(r=2)}}),
+    "biases": ({}, {"linear_config": ft.LinearAdapterConfig(r=4, bias=True)}),
+    "some": ({}, {"adapt_layers": {"q_proj", "v_proj", "up_proj"}}),
+    "from the weight": ({}, {"linear_config": ft.LinearAdapterConfig(r=2, init="pissa")}),
+}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", MIXED)
+def test_compiled_blocks_whose_layers_of_one_input_differ(name: str, stacked: bool, fast_compiler: Any):
+    """Those that are alike are one product; whatever the others are, no number changes."""
+    of_base, of_tuned = MIXED[name]
+    base = ft.quantize_base_model(llama(attention_bias=True), **of_base)
+    options = {"adapt_layers": set(PROJECTIONS), "plain_layers": set()} | of_tuned
+    options["adapt_layers"] = options["adapt_layers"] - options["plain_layers"]
+    tuned, ids = finetunes(base, N, **options), ids_for(N, 2, 5)
+    given = (ft.stack(tuned), ids) if stacked else (tuned[0], ids[0])
+    other = (ft.stack([*tuned[1:], tuned[0]]), ids) if stacked else (tuned[1], ids[0])
+    found = train(base, *given, compile="blocks")
+    assert graphs(fast_compiler) == 1
+    assert_trees_close(found, train(base, *given), FP32, unlike=train(base, *other))
+
+
 LAYERS = {SmallLm: {"fc"}, llama: {"q_proj", "down_proj"}}
 
 
