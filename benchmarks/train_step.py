@@ -16,6 +16,7 @@ import gc
 import json
 import logging
 import multiprocessing
+import re
 import statistics
 import subprocess
 import sys
@@ -306,7 +307,7 @@ def run_row(
 def main() -> None:
     """Runs the variants and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="*", default=["4x2x1024"], help="adapters x rows of each x tokens of a row")
+    parser.add_argument("--shape", nargs="+", default=["4x2x1024"], help="adapters x rows of each x tokens of a row")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--only", default="", help=ONLY)
@@ -316,6 +317,11 @@ def main() -> None:
     parser.add_argument("--report", type=Path, nargs="+", help="run nothing: print what --json wrote, as Markdown")
     parser.add_argument("--plot", type=Path, help="with --report, also draw it, as PNG")
     args = parser.parse_args()
+    for shape in args.shape:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", shape):
+            parser.error(f"--shape {shape}: expected three numbers with x between, such as 4x2x1024")
+    if args.plot and not args.report:
+        parser.error("--plot draws what --report names; give both")
     if args.report:
         report_of(args.report, args.plot)
         return

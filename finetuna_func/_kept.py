@@ -51,9 +51,7 @@ def _make_weights_again() -> Any:
                 if node.op == "placeholder":
                     if getattr(node.meta.get("val"), "dtype", None) in CODES:
                         made_of_codes.add(node)
-                elif node.op != "call_function" or node.target in _PRODUCTS:
-                    continue
-                elif any(own in made_of_codes for own in node.all_input_nodes):
+                elif node.op == "call_function" and _goes_on(node, made_of_codes):
                     made_of_codes.add(node)
                     node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
@@ -63,5 +61,13 @@ def _make_weights_again() -> Any:
     return MakeWeightsAgain()
 
 
+def _goes_on(node: fx.Node, made_of_codes: set[fx.Node]) -> bool:
+    """Whether a result is still made of codes: not that of a product, nor rows that are looked up among them."""
+    if node.target in _PRODUCTS or (node.target in _LOOKUPS and node.args[0] in made_of_codes):
+        return False
+    return any(own in made_of_codes for own in node.all_input_nodes)
+
+
 _aten = torch.ops.aten
 _PRODUCTS = frozenset((_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default))
+_LOOKUPS = frozenset((_aten.index.Tensor, _aten.embedding.default, _aten.index_select.default, _aten.gather.default))

@@ -16,7 +16,7 @@ batched products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
@@ -95,8 +95,7 @@ class Call:
     within: Context = nullcontext  # what the model's code runs in
     seen: set[str] = field(default_factory=set)  # layers whose forward ran
     draws: dict[str, int] = field(default_factory=dict)  # dropout masks drawn so far, by layer
-    shared: SharedProducts = field(default_factory=dict)  # input and first product of the adapter, for a sibling
-    fused_products: SharedProducts = field(default_factory=dict)  # input and the whole product, likewise
+    shared: SharedProducts = field(default_factory=dict)  # input and product, for a sibling, by layer
     running: list[str] | None = None  # layers whose forward runs now, the innermost last, if anybody asks
 
     def begin(self, **fields: Any) -> CallState:
@@ -115,13 +114,11 @@ class Call:
 
     def enter(self, block: Call) -> CallState:
         """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""
-        return self._exchange(
-            replace(block, seen=set(), draws=dict(block.draws), shared={}, fused_products={})._state()
-        )
+        return self._exchange(replace(block, seen=set(), draws=dict(block.draws), shared={})._state())
 
     def without_blocks(self) -> CallState:
         """Starts the same call anew, with blocks that run like other modules; returns what `restore` takes."""
-        again = replace(self, remat=False, compile=False, seen=set(), draws={}, shared={}, fused_products={})
+        again = replace(self, remat=False, compile=False, seen=set(), draws={}, shared={})
         return self._exchange(again._state())
 
     def _state(self) -> CallState:
@@ -477,39 +474,20 @@ def _is_fused(layer: nn.Module, leaves: Leaves) -> bool:
 
 
 def _fused(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
+    """The layer's product and its adapter's, made with those of its siblings, and biases."""
     call: Call = layer._ft.call  # type: ignore[union-attr, assignment]
-    y, bias = _fused_products(layer, leaves, x), leaves.get("bias")
+    own = x.to(compute_dtype(x))
+
+    def products(group: list[tuple[Binding, Leaves]]) -> tuple[Tensor, ...]:
+        weights = [of.scheme.dequantize(own.dtype, *_quantized(theirs, of.scheme)) for of, theirs in group]
+        a, b = zip(*(effective_factors(theirs) for _, theirs in group), strict=True)
+        scales = [theirs["lora_scale"].unsqueeze(-1).unsqueeze(-1) for _, theirs in group]
+        scaled = [(b * scale).to(own.dtype) for b, scale in zip(b, scales, strict=True)]
+        return adapted_products(own, _on_top(a).to(own.dtype), weights, scaled)
+
+    y, bias = _with_siblings(layer, leaves, x, products), leaves.get("bias")
     y = y if bias is None else y + _per_row(bias.to(y.dtype), y, call, 1)
     return _add_lora_bias(leaves, y, call)
-
-
-def _fused_products(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
-    """The layer's product and its adapter's, without biases, made with those of its siblings by the first of them."""
-    binding: Binding = layer._ft  # type: ignore[assignment]
-    call = binding.call
-    given = call.fused_products.pop(binding.path, None)
-    if given is not None and given[0] is x:
-        return given[1]
-    x_own = x.to(compute_dtype(x))
-    group: dict[str, Leaves] = {binding.path: leaves}
-    weights = [binding.scheme.dequantize(x_own.dtype, *_quantized(leaves, binding.scheme))]
-    if given is None:
-        for sibling in binding.siblings:
-            theirs = leaves_of(sibling)
-            own: Binding = sibling._ft  # type: ignore[assignment]
-            if _is_fused(sibling, theirs) and _stack_up(theirs["lora_a"], leaves["lora_a"]):
-                group[own.path] = theirs
-                weights.append(own.scheme.dequantize(x_own.dtype, *_quantized(theirs, own.scheme)))
-    factors = [effective_factors(theirs) for theirs in group.values()]
-    a = torch.cat([a for a, _ in factors], dim=-2) if len(factors) > 1 else factors[0][0]
-    bs = [
-        (b * theirs["lora_scale"].unsqueeze(-1).unsqueeze(-1)).to(x_own.dtype)
-        for (_, b), theirs in zip(factors, group.values(), strict=True)
-    ]
-    y, *others = adapted_products(x_own, a.to(x_own.dtype), weights, bs)
-    for path, other in zip(list(group)[1:], others, strict=True):
-        call.fused_products[path] = (x, other)
-    return y
 
 
 def _plus_by_rows(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
@@ -532,28 +510,45 @@ def _plus_by_rows(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
 def _low_rank(layer: nn.Module, leaves: Leaves, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``dropout(x) @ A.T``, ``(..., r)`` or ``(N, rows, r)``, in the dtype of the layer's own product.
 
-    Layers that read the same input (queries, keys and values) share one product with their A's on top of one another:
-    the first of them makes it, and leaves the others' parts in the call.
+    Layers that read the same input (queries, keys and values) share one product with their A's on top of one another.
     """
-    binding: Binding = layer._ft  # type: ignore[assignment]
-    call = binding.call
     if "dropout_key" in leaves and "lora_dropout" in leaves:
         dropped = _dropout(layer, leaves, x, leaves["lora_dropout"])
         return _times_factors(dropped, [effective_factors(leaves)[0]], dtype)[0]
-    given = call.shared.pop(binding.path, None)
+
+    def products(group: list[tuple[Binding, Leaves]]) -> tuple[Tensor, ...]:
+        return _times_factors(x, [effective_factors(theirs)[0] for _, theirs in group], dtype)
+
+    return _with_siblings(layer, leaves, x, products)
+
+
+def _with_siblings(
+    layer: nn.Module,
+    leaves: Leaves,
+    x: Tensor,
+    products: Callable[[list[tuple[Binding, Leaves]]], tuple[Tensor, ...]],
+) -> Tensor:
+    """The layer's own of ``products``, which the first of its siblings makes for all that are like it.
+
+    It leaves the others' in the call. One that gets another input then makes its own.
+    """
+    binding: Binding = layer._ft  # type: ignore[assignment]
+    shared = binding.call.shared
+    given = shared.pop(binding.path, None)
     if given is not None and given[0] is x:
         return given[1]
-    group = {binding.path: effective_factors(leaves)[0]}
+    group = [(binding, leaves)]
     if given is None:
+        fused = _is_fused(layer, leaves)
         for sibling in binding.siblings:
             theirs = leaves_of(sibling)
-            if "lora_a" not in theirs or "dropout_key" in theirs or _is_fused(sibling, theirs):
+            if "lora_a" not in theirs or "dropout_key" in theirs or _is_fused(sibling, theirs) != fused:
                 continue
             if _stack_up(theirs["lora_a"], leaves["lora_a"]):
-                group[sibling._ft.path] = effective_factors(theirs)[0]  # type: ignore[union-attr]
-    own, *others = _times_factors(x, list(group.values()), dtype)
-    for path, part in zip(list(group)[1:], others, strict=True):
-        call.shared[path] = (x, part)
+                group.append((sibling._ft, theirs))  # type: ignore[arg-type]
+    own, *others = products(group)
+    for (of, _), other in zip(group[1:], others, strict=True):
+        shared[of.path] = (x, other)
     return own
 
 
@@ -564,9 +559,13 @@ def _stack_up(a: Tensor, b: Tensor) -> bool:
 def _times_factors(x: Tensor, factors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """``x @ A.T`` for each A, computed in a given dtype, whatever they are stored in."""
     x = x.to(dtype)
-    a = (torch.cat(factors, dim=-2) if len(factors) > 1 else factors[0]).to(dtype)
+    a = _on_top(factors).to(dtype)
     low = F.linear(x, a) if a.ndim == 2 else torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]), a.mT)
     return low.split([factor.shape[-2] for factor in factors], dim=-1) if len(factors) > 1 else (low,)
+
+
+def _on_top(factors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(factors), dim=-2) if len(factors) > 1 else factors[0]
 
 
 def leaves_of(module: nn.Module) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def _products(x: Tensor, low: Tensor, weights: Sequence[Tensor], bs: Sequence[Te
     rows = x.reshape(-1, x.shape[-1])
     n = bs[0].shape[0]
     lows = low.view(n, -1, low.shape[-1]).split([b.shape[-1] for b in bs], dim=-1)
-    if all(_takes_up(rows, weight.shape[0], b) for weight, b in zip(weights, bs, strict=True)):
+    if all(_takes_up(rows, weight.shape[0], n * b.shape[-1]) for weight, b in zip(weights, bs, strict=True)):
         ys = [_taken_up(rows, own, weight, b) for own, weight, b in zip(lows, weights, bs, strict=True)]
     else:
         plain = (rows @ _cat(weights).mT).split([weight.shape[0] for weight in weights], dim=-1)
@@ -79,7 +79,7 @@ class _AdaptedProducts(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             rows, low_rows = g.reshape(-1, g.shape[-1]), grad_low.view(n, -1, grad_low.shape[-1])
-            if _takes_up(rows, x.shape[-1], low_rows):
+            if _takes_up(rows, x.shape[-1], n * sum(ranks)):
                 grad_x = _taken_up(rows, low_rows, _cat(weights).mT, a.mT).view(x.shape)
             else:  # of three axes, or the compiler takes the sum for an `addmm`, which copies one part first
                 grad_x = (rows @ _cat(weights)).view(x.shape) + torch.bmm(low_rows, a).view(x.shape)
@@ -108,13 +108,12 @@ def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
 
 
-def _takes_up(x: Tensor, width: int, b: Tensor) -> bool:
-    """Whether widening the sum costs less than adding up what is ``width`` wide.
+def _takes_up(x: Tensor, width: int, columns: int) -> bool:
+    """Whether widening the sum by ``columns`` costs less than adding up what is ``width`` wide.
 
     It takes as many more operations as there are columns more, and copies x, where adding up reads and writes y.
     """
     rows, narrow = x.shape
-    columns = b.shape[0] * b.shape[-1]
     aligned = (narrow + columns) % 8 == 0
     return aligned and 4 * columns <= narrow and 2 * narrow <= width and narrow <= rows
 

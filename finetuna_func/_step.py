@@ -176,7 +176,10 @@ class _Recorded:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, tunes and fills caches, none of which can be recorded
-                self._function(*args)
+                out = self._function(*args)
+                if self._donate:
+                    _check_donated(args[1:3], out[:2])
+                del out
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -186,8 +189,6 @@ class _Recorded:
                 outputs = [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
                 donated = 0
                 if self._donate:  # what goes in first comes out first: finetunes and state
-                    given, result = (torch_pytree.tree_structure(tree[i : i + 2]) for tree, i in ((args, 1), (out, 0)))
-                    assert given == result, f"the step takes {given} and returns {result}"
                     donated = sum(isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(out[:2]))
                     news = [(own, new) for own, new in zip(inputs, outputs[:donated], strict=False) if own is not new]
                     if news:
@@ -204,6 +205,16 @@ class _Recorded:
             ) from error
         others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in out_leaves]
         return _Recording(graph, inputs, outputs, others, out_spec, donated)
+
+
+def _check_donated(given: Any, returned: Any) -> None:
+    """Checks that params and state come out in the form in which they go in, so that one can overwrite the other."""
+    before, after = (torch_pytree.tree_structure(tree) for tree in (given, returned))
+    if before != after:
+        raise TypeError(
+            f"compile_step(donate=True): params and state go in as {before} and come out as {after}; tx.update must "
+            "return a state of the form that tx.init makes. Mend that, or pass donate=False."
+        )
 
 
 def _is_same(own: Tensor, given: Tensor) -> bool:

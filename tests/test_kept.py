@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import finetunes, llama
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import finetuna_func as ft
 from finetuna_func import _kept
@@ -54,3 +55,15 @@ def test_weights_are_made_again_from_their_codes(scheme: str, monkeypatch: pytes
     monkeypatch.setattr(_kept, "_make_weights_again", Nothing)
     torch._dynamo.reset()
     assert kept(scheme=scheme) >= of_codes + 0.5 * of_blocks
+
+
+def test_what_is_marked():
+    def block(codes: Tensor, scale: Tensor, ids: Tensor, x: Tensor) -> Tensor:
+        weight = codes.float() * scale
+        return torch.sin(x @ weight) + torch.cos(codes[ids].float() @ x.mT)
+
+    graph = make_fx(block)(torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 1), torch.tensor([1, 0]), torch.ones(2, 2))
+    _kept._make_weights_again()(graph.graph)
+    marked = [node.target for node in graph.graph.nodes if "recompute" in node.meta]
+    aten = torch.ops.aten
+    assert marked == [aten._to_copy.default, aten.mul.Tensor]

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetuna_func as ft
+from finetuna_func import _step
 
 N, STEPS = 3, 5
 IDS = torch.randint(4, 16, (STEPS, N, 2, 6), generator=torch.Generator().manual_seed(0))
@@ -121,6 +122,35 @@ def test_training_goes_down():
     step = ft.compile_step(case.loss, tx)
     losses = run(step, tx, case.tuned, [case.batches[0]] * 20)[2]
     assert (losses[-1] < 0.5 * losses[0]).all()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_is_recorded_returns_what_it_takes(stacked: bool, flat: bool, monkeypatch: pytest.MonkeyPatch):
+    """Params and state in the same form, so that a recording can overwrite them; here without a GPU to record on."""
+    checked = []
+
+    class Runs:
+        def __init__(self, function: Callable[..., Any], donate: bool):
+            self.function = function
+
+        def __call__(self, *args: Any) -> Any:
+            out = self.function(*args)
+            _step._check_donated(args[1:3], out[:2])
+            checked.append(sum(isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(out[:2])))
+            return out
+
+    case, tx = Case(stacked), optimizer()
+    tx = ft.optim.flatten(tx) if flat else tx
+    with monkeypatch.context() as patch:
+        patch.setattr(_step, "_Recorded", Runs)
+        patch.setattr(_step, "Tensor", Runs)  # so that no tensor is known to be elsewhere than on a GPU
+        step = ft.compile_step(case.loss, tx, donate=True, compile_optimizer=False)
+        found = run(step, tx, case.tuned, case.batches)
+    assert len(checked) == STEPS and min(checked) >= (3 if flat else 3 * len(case.tuned.params))
+    assert_same_finetune(found[0], by_hand(case.loss, tx, case.tuned, case.batches)[0])
+    with pytest.raises(TypeError, match="pass donate=False"):
+        _step._check_donated(({"a": 1}, 2), ({"a": (1,)}, 2))
 
 
 @pytest.mark.parametrize("stacked", [False, True])
