@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 import finetuna_func as ft
 from finetuna_func.cli import app
 from finetuna_func.cli._base import open_base
-from finetuna_func.cli._logs import read_log
+from finetuna_func.cli._logs import Logs, read_log
+from finetuna_func.train import Report
 
 ROOT = Path(__file__).parents[1]
 ADAM = ft.optim.adamw(1e-3)
@@ -437,10 +438,35 @@ def test_being_asked_to_end_saves_where_it_is(home, tmp_path):
         assert process.returncode == 130 and "Stopped" in text
     step = read_log(tmp_path / "run/log.csv")[-1].step
     text = call(*arguments, "--resume")
-    assert f"Going on after step {step}." in text and len(tensors(tmp_path / "run")) == 3
+    # Asked just after the lines of a step were written, it takes that step again.
+    assert int(re.findall(r"Going on after step (\d+)\.", text)[0]) in (step - 1, step)
     before = tensors(tmp_path / "run")
+    assert len(before) == 3 and each_step_once(tmp_path / "run")
     call("train", "--out", tmp_path / "run", "--resume")  # there is nothing left to do
     assert tensors(tmp_path / "run") == before
+
+
+def test_a_step_logged_but_not_kept_is_taken_again(home, tmp_path, monkeypatch):
+    arguments = ["train", *three(home), "--out", tmp_path / "run", "--save-every", 1000]
+
+    def write(logs: Logs, report: Report, seconds: float) -> None:
+        Logs.write(logs, report, seconds)
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finetuna_func.cli._run.Logs", type("Stopping", (Logs,), {"write": write}))
+        call(*arguments, code=130)
+    assert read_log(tmp_path / "run/log.csv")[-1].step == 3
+    assert "Going on after step 2." in call(*arguments, "--resume")
+    assert each_step_once(tmp_path / "run")
+
+
+def each_step_once(run: Path) -> bool:
+    """Whether the log has the steps of each adapter from the first on, with no gap and no step twice."""
+    lines = read_log(run / "log.csv")
+    steps = [[line.step for line in lines if line.adapter == name] for name in {line.adapter for line in lines}]
+    return len(steps) == 3 and all(own == list(range(1, len(own) + 1)) for own in steps)
 
 
 def test_resuming_is_refused_where_it_would_be_another_run(home, tmp_path):
