@@ -23,6 +23,7 @@ from finetuna_func._sums import sum_of_pieces
 from finetuna_func._types import Base, Finetuned, Params
 
 _PIECE_BYTES = 2**28  # of fp32 logits; large enough to keep a GPU busy
+_PIECE_BYTES_CPU = 2**25  # larger tensors get memory from the system each time, and touching it anew takes longer
 
 
 def causal_lm_loss(
@@ -58,7 +59,8 @@ def causal_lm_loss(
         ignore_index: The label of tokens that do not count.
         reduction: ``"mean"`` over the tokens that count (0 if there are none), ``"sum"``, or ``"none"`` for
             ``(..., B, T - 1)``.
-        chunk_tokens: Tokens whose logits exist at a time, over all finetunes; by default as many as have 256 MiB.
+        chunk_tokens: Tokens whose logits exist at a time, over all finetunes; by default as many as have 256 MiB
+            (on a CPU 32), but 128 at least.
         train: As for `apply`.
         rng: As for `apply` and `apply_stacked`.
         remat: As for `apply`.
@@ -167,15 +169,17 @@ def _piece_size(base: Base, of_head: Params, targets: Tensor, n: int | None, chu
     if any(name.endswith("dropout_key") for name in of_head):
         return tokens  # a mask is drawn for all tokens together
     vocabulary = base.skeleton.shapes[f"{base.skeleton.head}.weight"][0]
-    most = max(1, piece_tokens(vocabulary, chunk_tokens) // (n or 1))
+    most = max(1, piece_tokens(vocabulary, chunk_tokens, targets.device) // (n or 1))
     fewest = -(-tokens // most)
     count = next((count for count in range(fewest, 2 * fewest) if tokens % count == 0), fewest)
     return -(-tokens // count)
 
 
-def piece_tokens(vocabulary: int, chunk_tokens: int | None) -> int:
+def piece_tokens(vocabulary: int, chunk_tokens: int | None, device: torch.device) -> int:
     """Returns how many tokens have logits at a time."""
-    return max(128, _PIECE_BYTES // (4 * vocabulary)) if chunk_tokens is None else chunk_tokens
+    if chunk_tokens is not None:
+        return chunk_tokens
+    return max(128, (_PIECE_BYTES_CPU if device.type == "cpu" else _PIECE_BYTES) // (4 * vocabulary))
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

@@ -225,7 +225,8 @@ def _logit_bytes(base: Base, batch_shape: tuple[int, ...], chunk_tokens: int | N
     if head is None:
         return 0
     vocabulary = base.skeleton.shapes[f"{head}.weight"][0]
-    return 4 * vocabulary * min(math.prod(batch_shape), piece_tokens(vocabulary, chunk_tokens))
+    at_once = piece_tokens(vocabulary, chunk_tokens, torch.device("meta"))
+    return 4 * vocabulary * min(math.prod(batch_shape), at_once)
 
 
 def _bytes(leaf: Tensor) -> int:

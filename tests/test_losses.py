@@ -415,12 +415,14 @@ def test_logits_never_exist_as_a_whole(head: str, route: str):
 
 
 def test_the_size_of_a_piece_by_default(base: ft.Base, monkeypatch: pytest.MonkeyPatch):
-    """As many tokens as have 256 MiB of fp32 logits, but 128 at least."""
+    """As many tokens as have 256 MiB of fp32 logits (32 on a CPU), but 128 at least."""
     from finetuna_func import _losses
 
-    assert _losses.piece_tokens(32_000, None) == 2**28 // 128_000
-    assert _losses.piece_tokens(10_000_000, None) == 128
-    assert _losses.piece_tokens(32_000, 7) == 7
+    for device, nbytes in (("cuda", 2**28), ("meta", 2**28), ("cpu", 2**25)):
+        where = torch.device(device)
+        assert _losses.piece_tokens(32_000, None, where) == nbytes // 128_000
+        assert _losses.piece_tokens(10_000_000, None, where) == 128
+        assert _losses.piece_tokens(32_000, 7, where) == 7
     seen: list[int] = []
     original = _losses._head_losses
 
