@@ -233,6 +233,7 @@ def matmul_rate() -> float:
     return 10 * 2 * 8192**3 / (begin.elapsed_time(end) * 1e-3)
 
 
+SHAPE = "adapters x rows of each x tokens of a row"
 ONLY = "parts of rows' names, or =name, or '=4x2x1024 name', with ; between; default all"
 COMPILED = {"compile": "blocks"}
 RECORDED = {"compile": "blocks", "cuda_graph": True, "donate": True}
@@ -304,10 +305,17 @@ def run_row(
         channel.send(f"failed: {type(error).__name__}: {str(error)[:300]}")
 
 
+def shape_named(text: str) -> str:
+    """Checks a shape such as ``4x2x1024``."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected three numbers with x between, such as 4x2x1024")
+    return text
+
+
 def main() -> None:
     """Runs the variants and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=["4x2x1024"], help="adapters x rows of each x tokens of a row")
+    parser.add_argument("--shape", nargs="+", type=shape_named, default=["4x2x1024"], help=SHAPE)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--only", default="", help=ONLY)
@@ -317,9 +325,6 @@ def main() -> None:
     parser.add_argument("--report", type=Path, nargs="+", help="run nothing: print what --json wrote, as Markdown")
     parser.add_argument("--plot", type=Path, help="with --report, also draw it, as PNG")
     args = parser.parse_args()
-    for shape in args.shape:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", shape):
-            parser.error(f"--shape {shape}: expected three numbers with x between, such as 4x2x1024")
     if args.plot and not args.report:
         parser.error("--plot draws what --report names; give both")
     if args.report:
