@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch._C._functorch import TransformType, get_interpreter_stack  # type: ignore[import-not-found]
 
 from finetuna_func import _random
+from finetuna_func._levels import inside_transform
+from finetuna_func._low_rank import with_low_rank
 from finetuna_func._ops import compute_dtype, frozen_matmul
 from finetuna_func._products import adapted_products
 from finetuna_func._quant import SUFFIXES, Scheme
@@ -35,6 +37,7 @@ from finetuna_func._types import AdapterKind
 Leaves = Mapping[str, Tensor]
 LayerFunction = Callable[..., Tensor]
 Fn = TypeVar("Fn", bound=LayerFunction)
+T = TypeVar("T")
 
 LEAF_NAMES = (
     *("weight" + suffix for suffix in SUFFIXES if suffix),
@@ -73,7 +76,7 @@ class LayerType:
 
 
 Part = Literal["all", "body", "head"]
-SharedProducts = dict[str, tuple[Tensor, Tensor]]
+SharedProducts = dict[str, tuple[Tensor, Any]]
 Context = Callable[[], AbstractContextManager[Any]]
 CallState = tuple[Any, ...]  # the fields of a `Call`, but for `running`
 
@@ -309,7 +312,7 @@ def linear(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
         return _dora(layer, leaves, x)
     if _is_fused(layer, leaves):
         return _fused(layer, leaves, x)
-    return _add_lora(layer, leaves, x, _affine(layer, leaves, x))
+    return _adapted(layer, leaves, x)
 
 
 @register_layer("transformers.pytorch_utils.Conv1D", adapter="linear", transposed=True)
@@ -361,7 +364,7 @@ def convolution(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     binding: Binding = layer._ft  # type: ignore[assignment]
     x = _to_rows(layer, leaves, x)
     dropped = x
-    if "dropout_key" in leaves and "lora_dropout" in leaves:
+    if _is_dropped(leaves):
         dropped = _dropout(layer, leaves, x, leaves["lora_dropout"])
     dims = {name: 0 for name, leaf in leaves.items() if _is_stacked(binding, name, leaf)}
     if binding.call.stack is None or not dims:
@@ -441,14 +444,16 @@ def _affine(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     return y if bias is None else y + _per_row(bias.to(y.dtype), y, binding.call, 1)
 
 
-def _add_lora(layer: nn.Module, leaves: Leaves, x: Tensor, y: Tensor) -> Tensor:
-    """``y + lora_scale * (dropout(x) @ A.T @ B.T + lora_bias)``, as one fused product into ``y``."""
+def _adapted(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
+    """``x @ W.T + bias + lora_scale * (dropout(x) @ A.T @ B.T + lora_bias)``, the last product one with the sum."""
     if "lora_a" not in leaves:
-        return y
+        return _affine(layer, leaves, x)
     call: Call = layer._ft.call  # type: ignore[union-attr, assignment]
-    b, scale = effective_factors(leaves)[1], leaves["lora_scale"]
-    b = (b * scale.unsqueeze(-1).unsqueeze(-1)).to(y.dtype)  # not the product, which is larger, and rounded already
-    low = _low_rank(layer, leaves, x, y.dtype)
+    recorded_at_most = not torch.compiler.is_compiling() and not inside_transform()
+    if recorded_at_most and x.is_contiguous() and not _is_dropped(leaves):  # rows of other tensors are copies
+        return _add_lora_bias(leaves, _adapted_in_place(layer, leaves, x), call)
+    y = _affine(layer, leaves, x)
+    low, b = _low_rank(layer, leaves, x, y.dtype), _scaled_b(leaves, y.dtype)
     if torch.compiler.is_compiling():
         out = _plus_by_rows(y, low, b)
     elif b.ndim == 2:
@@ -456,6 +461,34 @@ def _add_lora(layer: nn.Module, leaves: Leaves, x: Tensor, y: Tensor) -> Tensor:
     else:
         out = torch.baddbmm(y.reshape(b.shape[0], -1, y.shape[-1]), low, b.mT).reshape(y.shape)
     return _add_lora_bias(leaves, out, call)
+
+
+def _adapted_in_place(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
+    """The same where plain autograd alone records, if anything: no sum is a pass of its own, forward or backward."""
+    own = x.to(compute_dtype(x))
+
+    def products(group: list[tuple[Binding, Leaves]]) -> tuple[tuple[Tensor, Tensor], ...]:
+        factors = [effective_factors(theirs)[0] for _, theirs in group]
+        a = _on_top(factors).to(own.dtype)
+        rows, low = with_low_rank(own.reshape(*a.shape[:-2], -1, own.shape[-1]), a)
+        return tuple((rows, part) for part in low.split([factor.shape[-2] for factor in factors], dim=-1))
+
+    rows, low = _with_siblings(layer, leaves, x, products)
+    y, b = _affine(layer, leaves, rows), _scaled_b(leaves, own.dtype)
+    if y._is_view():  # autograd would copy the cotangent of all of it
+        y = torch.addmm(y, low, b.mT) if b.ndim == 2 else torch.baddbmm(y, low, b.mT)
+    else:
+        y = y.addmm_(low, b.mT) if b.ndim == 2 else y.baddbmm_(low, b.mT)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _scaled_b(leaves: Leaves, dtype: torch.dtype) -> Tensor:
+    """``lora_scale * B``: not the product, which is larger, and rounded already."""
+    return (effective_factors(leaves)[1] * leaves["lora_scale"].unsqueeze(-1).unsqueeze(-1)).to(dtype)
+
+
+def _is_dropped(leaves: Leaves) -> bool:
+    return "dropout_key" in leaves and "lora_dropout" in leaves
 
 
 def _add_lora_bias(leaves: Leaves, y: Tensor, call: Call) -> Tensor:
@@ -480,10 +513,8 @@ def _fused(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
 
     def products(group: list[tuple[Binding, Leaves]]) -> tuple[Tensor, ...]:
         weights = [of.scheme.dequantize(own.dtype, *_quantized(theirs, of.scheme)) for of, theirs in group]
-        a, b = zip(*(effective_factors(theirs) for _, theirs in group), strict=True)
-        scales = [theirs["lora_scale"].unsqueeze(-1).unsqueeze(-1) for _, theirs in group]
-        scaled = [(b * scale).to(own.dtype) for b, scale in zip(b, scales, strict=True)]
-        return adapted_products(own, _on_top(a).to(own.dtype), weights, scaled)
+        a = _on_top([effective_factors(theirs)[0] for _, theirs in group]).to(own.dtype)
+        return adapted_products(own, a, weights, [_scaled_b(theirs, own.dtype) for _, theirs in group])
 
     y, bias = _with_siblings(layer, leaves, x, products), leaves.get("bias")
     y = y if bias is None else y + _per_row(bias.to(y.dtype), y, call, 1)
@@ -512,7 +543,7 @@ def _low_rank(layer: nn.Module, leaves: Leaves, x: Tensor, dtype: torch.dtype) -
 
     Layers that read the same input (queries, keys and values) share one product with their A's on top of one another.
     """
-    if "dropout_key" in leaves and "lora_dropout" in leaves:
+    if _is_dropped(leaves):
         dropped = _dropout(layer, leaves, x, leaves["lora_dropout"])
         return _times_factors(dropped, [effective_factors(leaves)[0]], dtype)[0]
 
@@ -526,8 +557,8 @@ def _with_siblings(
     layer: nn.Module,
     leaves: Leaves,
     x: Tensor,
-    products: Callable[[list[tuple[Binding, Leaves]]], tuple[Tensor, ...]],
-) -> Tensor:
+    products: Callable[[list[tuple[Binding, Leaves]]], tuple[T, ...]],
+) -> T:
     """The layer's own of ``products``, which the first of its siblings makes for all that are like it.
 
     It leaves the others' in the call. One that gets another input then makes its own.
@@ -589,7 +620,7 @@ def _dora(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     """``magnitude / ||W + update|| * (x @ (W + update).T) + bias``, the norm by rows and without a derivative."""
     binding: Binding = layer._ft  # type: ignore[assignment]
     without_bias = {name: leaf for name, leaf in leaves.items() if name != "bias"}
-    y = _add_lora(layer, without_bias, x, _affine(layer, without_bias, x))
+    y = _adapted(layer, without_bias, x)
     a, b = (factor.detach() for factor in effective_factors(leaves))
     through_weight = _through_weight(binding, leaves, a)
     ratio = leaves["lora_magnitude"] / updated_norm(

@@ -114,17 +114,22 @@ class Int8:
 
     def matmul(self, x: Tensor, *leaves: Tensor) -> Tensor:
         codes, scale = leaves
-        if x.dtype == torch.float16:  # sums of up to 127 * |x| would overflow before the scale comes
-            return F.linear(x, self.dequantize(x.dtype, codes, scale))
+        if _dequantize_first(x, codes):
+            return F.linear(x, self._in_one_pass(x.dtype, codes, scale))
         # Integers up to 127 are exact in bfloat16, so the product sees no dequantization rounding.
         y = F.linear(x, codes.to(x.dtype))
         return y.mul_(scale)  # in place: computed in fp32, stored in y's dtype, no temporary
 
     def matmul_transposed(self, x: Tensor, *leaves: Tensor) -> Tensor:
         codes, scale = leaves
-        if x.dtype == torch.float16:  # small gradients times small scales would underflow
-            return torch.matmul(x, self.dequantize(x.dtype, codes, scale))
+        if _dequantize_first(x, codes):
+            return torch.matmul(x, self._in_one_pass(x.dtype, codes, scale))
         return torch.matmul(x * scale.to(x.dtype), codes.to(x.dtype))
+
+    def _in_one_pass(self, dtype: torch.dtype, codes: Tensor, scale: Tensor) -> Tensor:
+        """`dequantize` as one kernel without temporaries, for what needs no derivative."""
+        wide = scale.to(_at_least_float32(dtype)).unsqueeze(-1)
+        return torch.mul(codes, wide, out=torch.empty_like(codes, dtype=dtype))
 
     @property
     def linearised(self) -> Scheme:
@@ -422,6 +427,15 @@ def check_quantizable(name: str, weight: Tensor) -> None:
             f"{name}: weights beyond {_LARGEST:g}, which a float32 scale cannot hold; keep this layer in float with "
             "modules_not_to_quantize."
         )
+
+
+def _dequantize_first(x: Tensor, codes: Tensor) -> bool:
+    """Whether a product with ``W`` is better one with the float matrix than one with the codes that is scaled.
+
+    With many rows, scaling the codes costs less than scaling those. In float16 sums of up to 127 * |x| would overflow
+    before the scale comes, and small gradients times small scales underflow.
+    """
+    return x.dtype == torch.float16 or x.shape[:-1].numel() >= codes.shape[1]
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

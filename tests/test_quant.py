@@ -293,10 +293,11 @@ def test_rows_are_rows_of_the_matrix(scheme, dtype, ids_shape, seed):
 @pytest.mark.parametrize("scheme", [Int8(), Blockwise8(), Nf4()], ids=["Int8", "Blockwise8", "Nf4"])
 @pytest.mark.parametrize("dtype", UNIT)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_matmul_is_the_float_product(scheme, dtype, transposed, seed):
+@pytest.mark.parametrize("rows", [5, 40])  # fewer than the weight has columns, and more
+def test_matmul_is_the_float_product(scheme, dtype, transposed, rows, seed):
     weight = outlier_weight(17, 33)
     leaves = leaves_of(scheme, weight)
-    x = torch.randn(2, 5, 17 if transposed else 33).to(dtype)
+    x = torch.randn(2, rows, 17 if transposed else 33).to(dtype)
     matrix = scheme.dequantize(torch.float64, *leaves)
     product = scheme.matmul_transposed if transposed else scheme.matmul
     mine = product(x, *leaves)
@@ -315,6 +316,18 @@ def test_matmul_is_the_float_product(scheme, dtype, transposed, seed):
         assert not ((mine.double() - unquantized).abs() <= allowed).all()
     shuffled = F.linear(x.double(), orient(matrix).roll(1, 0))
     assert not ((mine.double() - shuffled).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_scales_what_is_smaller(dtype, transposed, seed):
+    """The product of few rows with the codes, or the codes for a product of many rows."""
+    leaves = leaves_of(Int8(), outlier_weight(17, 33))
+    matrix = Int8().dequantize(dtype, *leaves)
+    for rows, dequantized in ((32, False), (33, True)):
+        x = torch.randn(rows, 17 if transposed else 33).to(dtype)
+        mine = (Int8().matmul_transposed if transposed else Int8().matmul)(x, *leaves)
+        assert torch.equal(mine, x @ matrix if transposed else F.linear(x, matrix)) == dequantized
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=scheme_ids)
