@@ -25,6 +25,7 @@ from finetuna_func._kept import compile_block
 from finetuna_func._layers import LEAF_NAMES, Binding, Call
 from finetuna_func._levels import inside_transform
 from finetuna_func._remat import remat
+from finetuna_func._swap import call_on
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -153,7 +154,7 @@ def _call(
     kwargs: dict[str, Any],
 ) -> Any:
     call.rows, call.inputs = rows, inputs  # as they were; but the compiler takes arguments for symbols, not attributes
-    return torch.func.functional_call(module, leaves, args, kwargs, tie_weights=False)
+    return call_on(module, leaves, args, kwargs)
 
 
 def alike(

@@ -19,6 +19,7 @@ from finetuna_func._hf import causal_mask, has_mask, with_mappable_mask
 from finetuna_func._layers import LEAF_NAMES, Call, inside_vmap
 from finetuna_func._quant import SUFFIXES
 from finetuna_func._reads import ReadWatch
+from finetuna_func._swap import call_on
 from finetuna_func._types import Base, Finetuned, Params
 
 Blocks: TypeAlias = Literal["blocks"] | None
@@ -219,7 +220,7 @@ def _call(
     """Returns what the skeleton's module returns on these tensors, and raises if it passes an adapter by."""
 
     def compute() -> Any:
-        return torch.func.functional_call(module, leaves, args, kwargs, tie_weights=False)
+        return call_on(module, leaves, args, kwargs)
 
     if torch.compiler.is_compiling():
         return compute()

@@ -20,6 +20,7 @@ from finetuna_func._functional import Blocks, bind, check_blocks, check_types, i
 from finetuna_func._layers import Call
 from finetuna_func._remat import remat as rematerialized
 from finetuna_func._sums import sum_of_pieces
+from finetuna_func._swap import call_on
 from finetuna_func._types import Base, Finetuned, Params
 
 _PIECE_BYTES = 2**28  # of fp32 logits; large enough to keep a GPU busy
@@ -159,7 +160,7 @@ def _head_losses(
     call.rows = rows.shape[0]  # as it was; but the compiler takes a shape for a symbol, not an attribute
     call.body_output = with_hidden_states(call.body_output, rows)
     ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)  # nobody looks at them
-    logits = _logits(torch.func.functional_call(module, leaves, (), {"input_ids": ids}, tie_weights=False))
+    logits = _logits(call_on(module, leaves, (), {"input_ids": ids}))
     return _cross_entropy(logits, targets, ignore_index)
 
 

@@ -124,33 +124,112 @@ def test_training_goes_down():
     assert (losses[-1] < 0.5 * losses[0]).all()
 
 
+class Replay:
+    """In place of a CUDA graph: computes the step again from the recording's inputs, into its outputs."""
+
+    def __init__(self, function: Callable[..., Any], inputs: list[Tensor], args: Any, outputs: list[Tensor]):
+        self.function, self.inputs, self.args, self.outputs = function, inputs, args, outputs
+        self.count = 0
+
+    def replay(self) -> None:
+        found = [leaf for leaf in torch_pytree.tree_leaves(self.function(*self.args)) if isinstance(leaf, Tensor)]
+        for own, new in zip(self.outputs, found, strict=True):
+            own.copy_(new)
+        self.count += 1
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
+    """What is recorded from now on, without a GPU."""
+    made: list[Replay] = []
+
+    def record(self: Any, leaves: list[Any], spec: Any) -> Any:
+        own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        inputs = [leaf for leaf in own if isinstance(leaf, Tensor)]
+        args = torch_pytree.tree_unflatten(own, spec)
+        out = self._function(*args)
+        out_leaves, out_spec = torch_pytree.tree_flatten(out)
+        outputs = [leaf.clone() for leaf in out_leaves if isinstance(leaf, Tensor)]
+        donated = 0
+        if self._donate:
+            _step._check_donated(args[1:3], out[:2])
+            donated = sum(isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(out[:2]))
+            outputs[:donated] = inputs[:donated]
+        made.append(Replay(self._function, inputs, args, outputs))
+        others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in out_leaves]
+        return _step._Recording(made[-1], inputs, outputs, others, out_spec, donated)  # pyright: ignore
+
+    monkeypatch.setattr(_step._Recorded, "_record", record)
+    monkeypatch.setattr(_step, "_is_on_gpu", lambda tree: True)
+    return made
+
+
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_what_is_recorded_returns_what_it_takes(stacked: bool, flat: bool, monkeypatch: pytest.MonkeyPatch):
-    """Params and state in the same form, so that a recording can overwrite them; here without a GPU to record on."""
-    checked = []
-
-    class Runs:
-        def __init__(self, function: Callable[..., Any], donate: bool):
-            self.function = function
-
-        def __call__(self, *args: Any) -> Any:
-            out = self.function(*args)
-            _step._check_donated(args[1:3], out[:2])
-            checked.append(sum(isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(out[:2])))
-            return out
-
+def test_what_is_recorded_returns_what_it_takes(stacked: bool, flat: bool, recordings: list[Replay]):
+    """Params and state in the same form, so that a recording can overwrite them."""
     case, tx = Case(stacked), optimizer()
     tx = ft.optim.flatten(tx) if flat else tx
-    with monkeypatch.context() as patch:
-        patch.setattr(_step, "_Recorded", Runs)
-        patch.setattr(_step, "Tensor", Runs)  # so that no tensor is known to be elsewhere than on a GPU
-        step = ft.compile_step(case.loss, tx, donate=True, compile_optimizer=False)
-        found = run(step, tx, case.tuned, case.batches)
-    assert len(checked) == STEPS and min(checked) >= (3 if flat else 3 * len(case.tuned.params))
+    step = ft.compile_step(case.loss, tx, donate=True, compile_optimizer=False)
+    found = run(step, tx, case.tuned, case.batches)
+    (replay,) = recordings
+    assert replay.count == STEPS and len(replay.outputs) >= (4 if flat else 3 * len(case.tuned.params))
     assert_same_finetune(found[0], by_hand(case.loss, tx, case.tuned, case.batches)[0])
     with pytest.raises(TypeError, match="pass donate=False"):
         _step._check_donated(({"a": 1}, 2), ({"a": (1,)}, 2))
+
+
+def test_results_given_back_are_in_their_place(recordings: list[Replay], monkeypatch: pytest.MonkeyPatch):
+    """A donated step that goes on from its last results copies a batch and nothing else."""
+    case, tx = Case(True), ft.optim.flatten(optimizer())
+    step = ft.compile_step(case.loss, tx, donate=True, compile_optimizer=False)
+    copied: list[int] = []
+    real = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda own, new: copied.append(len(own)) or real(own, new))
+    first = step(case.tuned, tx.init(case.tuned), case.batches[0])
+    assert copied[0] > 4 and len(copied) == 2  # everything in, losses out
+    second = step(*first[:2], case.batches[1])
+    assert copied[2:] == [1, 1] and second[0] is first[0] and second[1] is first[1]
+    assert_same_finetune(second[0], by_hand(case.loss, tx, case.tuned, case.batches[:2])[0])
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_anything_else_than_the_last_results(flat: bool, donate: bool, recordings: list[Replay]):
+    """Another batch shape, other finetunes in between, an own copy, another state: as the step by hand takes them."""
+    case, tx = Case(True), optimizer()
+    tx = ft.optim.flatten(tx) if flat else tx
+    step = ft.compile_step(case.loss, tx, donate=donate, compile_optimizer=False)
+    plain = ft.compile_step(case.loss, tx, cuda_graph=False, compile_optimizer=False)
+    halved = case.tuned.replace(params={name: leaf / 2 for name, leaf in case.tuned.params.items()})
+    long, short = case.batches[0], case.batches[1][:, :8]
+
+    def through(step: Any) -> list[Any]:
+        seen = []
+
+        def go(tuned: ft.Finetuned, state: Any, ids: Tensor, scale: float = 1.0) -> tuple[ft.Finetuned, Any]:
+            tuned, state, losses = step(tuned, state, ids, scale)
+            seen.append(torch_pytree.tree_map(torch.clone, (dict(tuned.params), losses)))
+            return tuned, state
+
+        at = go(case.tuned, tx.init(case.tuned), long)
+        at = go(*at, long)
+        at = go(*at, short)  # another shape: recorded anew, from where the first has come to
+        at = go(*at, long)
+        at = go(*at, long, 2.0)  # another number
+        at = go(*at, long)
+        other = go(halved, tx.init(halved), long)  # the first finetunes are given up
+        other = go(*other, long)
+        changed = other[0].replace(params={name: leaf + 0.01 for name, leaf in other[0].params.items()})
+        other = go(changed, other[1], long)
+        go(other[0], tx.init(changed), long)  # the optimizer starts again
+        return seen
+
+    found, expected = through(step), through(plain)
+    for (params, losses), (wanted, wanted_losses) in zip(found, expected, strict=True):
+        assert_equal((params, losses), (wanted, wanted_losses))
+    assert len({float(losses[0]) for _, losses in expected}) == len(expected)
+    assert len(recordings) == 3
 
 
 @pytest.mark.parametrize("stacked", [False, True])
