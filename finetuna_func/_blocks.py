@@ -1,9 +1,9 @@
 """The repeated blocks of a model, each run as one pure function of its tensors.
 
 A block (a decoder layer, say) is then the unit of recomputation, ``remat="blocks"``, and of compilation,
-``compile="blocks"``. Blocks that differ in nothing but tensors and numbers share a *representative*, a copy of
-the first of them, through which all run: the compiler sees one function and compiles it once, in the time of
-one layer and not of the whole model.
+``compile="blocks"``; for the latter, norms beside the blocks are blocks as well. Blocks that differ in nothing but
+tensors and numbers share a *representative*, a copy of the first of them, through which all run: the compiler sees one
+function and compiles it once, in the time of one layer and not of the whole model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
-from finetuna_func._filters import join_name
+from finetuna_func._filters import join_name, split_name
 from finetuna_func._hf import records_inside_blocks
 from finetuna_func._kept import compile_block
 from finetuna_func._layers import LEAF_NAMES, Binding, Call
@@ -55,7 +55,8 @@ class Block:
 def mark_blocks(skeleton: nn.Module, call: Call) -> tuple[str, ...]:
     """Makes every repeated block of a skeleton one that runs as a function if the call asks for it; returns them."""
     groups: dict[Any, dict[str, nn.Module]] = {}
-    for path in block_paths(skeleton):
+    repeated = block_paths(skeleton)
+    for path in [*repeated, *_norms_beside(skeleton, repeated)]:
         module = skeleton.get_submodule(path)
         groups.setdefault(_structure(module), {})[path] = module
     for group in groups.values():
@@ -73,8 +74,8 @@ def mark_blocks(skeleton: nn.Module, call: Call) -> tuple[str, ...]:
             own = {name: settings[path][name] for name in differing}
             module._ft_block = Block(path, representative, representative_path, own)  # type: ignore[assignment]
             module._ft_call = call  # type: ignore[assignment]
-            module.__class__ = _as_function(type(module))
-    return tuple(path for group in groups.values() for path in group)
+            module.__class__ = _as_function(type(module), path in repeated)
+    return tuple(repeated)
 
 
 def block_paths(model: nn.Module) -> list[str]:
@@ -92,7 +93,20 @@ def block_paths(model: nn.Module) -> list[str]:
     return found
 
 
-def _as_function(cls: type[nn.Module]) -> type[nn.Module]:
+def _norms_beside(model: nn.Module, blocks: list[str]) -> list[str]:
+    """The paths of norms that run before or after the blocks: of a dozen kernels the compiler makes one."""
+    beside = dict.fromkeys(split_name(split_name(path)[0])[0] for path in blocks)
+    return [
+        join_name(path, name)
+        for path in beside
+        for name, child in model.get_submodule(path).named_children()
+        if not isinstance(vars(child).get("_ft"), Binding)
+        and not any(True for _ in child.children())
+        and {leaf.ndim for leaf in child.parameters()} == {1}
+    ]
+
+
+def _as_function(cls: type[nn.Module], repeated: bool) -> type[nn.Module]:
     """A subclass whose instances run as a function of their tensors if the call asks for it."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +114,7 @@ def _as_function(cls: type[nn.Module]) -> type[nn.Module]:
         if call.causal is not None:
             args = tuple(None if value is call.causal else value for value in args)
             kwargs = {name: None if value is call.causal else value for name, value in kwargs.items()}
-        if not (call.remat or call.compile) or has_state((args, kwargs)) or records_inside_blocks():
+        if not (call.compile or (call.remat and repeated)) or has_state((args, kwargs)) or records_inside_blocks():
             return cls.forward(self, *args, **kwargs)
         return _run(self, call, args, kwargs)
 

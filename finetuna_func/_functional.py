@@ -13,6 +13,7 @@ from finetuna_func import _random
 from finetuna_func._base import quantized_leaves
 from finetuna_func._blocks import has_state
 from finetuna_func._body import hidden_states
+from finetuna_func._factors import ready_factors
 from finetuna_func._filters import join_name, split_name
 from finetuna_func._fold import fold
 from finetuna_func._hf import causal_mask, has_mask, with_mappable_mask
@@ -224,6 +225,8 @@ def _call(
 
     if torch.compiler.is_compiling():
         return compute()
+    if not call.compile:  # the compiler does it in passing
+        leaves = ready_factors(base.skeleton, leaves)
     given = frozenset(name for name, value in kwargs.items() if value is not None)
     kind = (call.stack is not None, call.part, len(args), given)
     if kind in base.skeleton.reads:

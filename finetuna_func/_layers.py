@@ -484,7 +484,8 @@ def _adapted_in_place(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
 
 def _scaled_b(leaves: Leaves, dtype: torch.dtype) -> Tensor:
     """``lora_scale * B``: not the product, which is larger, and rounded already."""
-    return (effective_factors(leaves)[1] * leaves["lora_scale"].unsqueeze(-1).unsqueeze(-1)).to(dtype)
+    b, scale = effective_factors(leaves)[1], leaves.get("lora_scale")  # which B may hold already: see `_factors`
+    return (b if scale is None else b * scale.unsqueeze(-1).unsqueeze(-1)).to(dtype)
 
 
 def _is_dropped(leaves: Leaves) -> bool:

@@ -32,7 +32,7 @@ def with_low_rank(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad):
         return _WithLowRank.apply(x, a)
-    return x, torch.matmul(x, a.mT)
+    return x, _matmul(x, a.mT)
 
 
 class _WithLowRank(torch.autograd.Function):
@@ -40,7 +40,7 @@ class _WithLowRank(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, a)
         ctx.set_materialize_grads(False)
-        return x.view_as(x), torch.matmul(x, a.mT)
+        return x.view_as(x), _matmul(x, a.mT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -48,17 +48,21 @@ class _WithLowRank(torch.autograd.Function):
         grad_x, grad_low = grads
         if grad_low is None:
             return grad_x, None
-        grad_a = torch.matmul(grad_low.mT, x) if ctx.needs_input_grad[1] else None
+        grad_a = _matmul(grad_low.mT, x) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, grad_a
         # Not where this is differentiated again, or mapped: then others read the cotangent as well.
         own = grad_x is not None and not torch.is_grad_enabled() and not inside_transform()
         if grad_x is None:
-            grad_x = torch.matmul(grad_low, a)
+            grad_x = _matmul(grad_low, a)
         elif not own:
-            grad_x = grad_x + torch.matmul(grad_low, a)
+            grad_x = grad_x + _matmul(grad_low, a)
         elif x.ndim == 2:
             grad_x.addmm_(grad_low, a)
         else:
             grad_x.baddbmm_(grad_low, a)
         return grad_x, grad_a
+
+
+def _matmul(x: Tensor, y: Tensor) -> Tensor:
+    return torch.mm(x, y) if x.ndim == 2 else torch.bmm(x, y)  # `torch.matmul` makes four views of three axes first

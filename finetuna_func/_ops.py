@@ -13,6 +13,7 @@ inside this Function only.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,12 +70,16 @@ class _FrozenMatmul(torch.autograd.Function):
 
 # `apply` asks for it at every call, and finding it out takes longer than starting the product.
 _FrozenMatmul.forward.__signature__ = inspect.signature(_FrozenMatmul.forward)  # type: ignore[attr-defined]
+# `apply` without what it does for torch.func and for defaults, which takes as long as all else.
+_record: Callable[..., Tensor] = super(torch.autograd.Function, _FrozenMatmul).apply  # type: ignore[misc]
 
 
 def _product(x: Tensor, scheme: Scheme, transposed: bool, *leaves: Tensor) -> Tensor:
     """The Function, or what it computes where nothing records and no transform is active."""
-    if torch.is_grad_enabled() or inside_transform():
+    if inside_transform():
         return _FrozenMatmul.apply(x, scheme, transposed, *leaves)
+    if torch.is_grad_enabled():
+        return _record(unwrap_if_dead(x), scheme, transposed, *(unwrap_if_dead(leaf) for leaf in leaves))
     return _FrozenMatmul.forward(unwrap_if_dead(x), scheme, transposed, *(unwrap_if_dead(leaf) for leaf in leaves))
 
 

@@ -188,6 +188,11 @@ class Skeleton:
     def __deepcopy__(self, memo: dict[int, Any]) -> Skeleton:
         return self
 
+    @functools.cached_property
+    def layers_in_blocks(self) -> Mapping[str, Layer]:
+        """The layers within repeated blocks."""
+        return {path: own for path, own in self.layers.items() if any(path.startswith(f"{b}.") for b in self.blocks)}
+
     def module(self) -> nn.Module:
         """Returns a fresh copy of the skeleton's module, on the meta device, for the caller to own."""
         module = copy.deepcopy(self._module)

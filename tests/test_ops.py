@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
+from finetuna_func import _ops
 from finetuna_func._ops import _FrozenMatmul, dequantized_matmul, frozen_matmul
 from finetuna_func._quant import Blockwise8, Int8, Int8Dynamic, Nf4
 
@@ -78,8 +79,9 @@ def test_the_function_is_used_where_something_records_and_nowhere_else(linear_sc
     leaves, matrix = made(linear_scheme)
     x = torch.randn(3, IN, requires_grad=True)
     calls: list[bool] = []
-    apply = _FrozenMatmul.apply
+    apply, record = _FrozenMatmul.apply, _ops._record
     monkeypatch.setattr(_FrozenMatmul, "apply", lambda *args: calls.append(args[2]) or apply(*args))
+    monkeypatch.setattr(_ops, "_record", lambda *args: calls.append(args[2]) or record(*args))
 
     def count(run) -> tuple[list[bool], Tensor]:
         calls.clear()
