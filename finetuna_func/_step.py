@@ -103,7 +103,11 @@ def compile_step(
     def made(compiles: bool) -> tuple[Callable[..., Any], _Recorded]:
         own = update if inner is None else flat_update
         step = step_with(torch.compile(own, fullgraph=True) if compiles else own)
-        return step, _Recorded(step, donate)
+        recorded = step
+        if compiles and donate and inner is not None:
+            # The compiler computes each result where it belongs, where one of its own would be copied there.
+            recorded = step_with(torch.compile(_in_place(own), fullgraph=True))
+        return step, _Recorded(recorded, donate)
 
     running: list[_Running] = []
 
@@ -138,6 +142,25 @@ def compile_step(
         return tuned, state, losses
 
     return compiled_step
+
+
+def _in_place(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """An update of params and state that overwrites them."""
+
+    def updated(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        new_params, new_state = update(grads, state, params)
+        given = torch_pytree.tree_leaves((params, state))
+        news, spec = torch_pytree.tree_flatten((new_params, new_state))
+        if len(given) != len(news):
+            return new_params, new_state  # which `_check_donated` refuses, as it does another structure
+        pairs = list(zip(given, news, strict=True))
+        for own, new in pairs:
+            if isinstance(own, Tensor) and own is not new:
+                own.copy_(new)
+        kept = [own if isinstance(own, Tensor) else new for own, new in pairs]
+        return torch_pytree.tree_unflatten(kept, spec)
+
+    return updated
 
 
 def _is_on_gpu(tree: Any) -> bool:
@@ -246,7 +269,8 @@ class _Recorded:
                 donated = 0
                 if self._donate:  # what goes in first comes out first: finetunes and state
                     donated = sum(isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(out[:2]))
-                    news = [(own, new) for own, new in zip(inputs, outputs[:donated], strict=False) if own is not new]
+                    pairs = zip(inputs, outputs[:donated], strict=False)
+                    news = [(own, new) for own, new in pairs if not _is_same(own, new)]
                     if news:
                         with torch.no_grad():
                             torch._foreach_copy_([own for own, _ in news], [new for _, new in news])

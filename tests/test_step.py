@@ -232,6 +232,27 @@ def test_anything_else_than_the_last_results(flat: bool, donate: bool, recording
     assert len(recordings) == 3
 
 
+def test_a_donated_update_is_computed_in_its_place(recordings: list[Replay], monkeypatch: pytest.MonkeyPatch):
+    """With a compiled optimizer: params and state come out as the tensors that went in, and need no copy."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    case, tx = Case(True), ft.optim.flatten(optimizer())
+    step = ft.compile_step(case.loss, tx, donate=True, compile_optimizer=True)
+    found = run(step, tx, case.tuned, case.batches)
+    expected = by_hand(case.loss, tx, case.tuned, case.batches)
+    unlike = by_hand(case.loss, tx, case.tuned, case.batches.flip(0))
+    assert_near(found[0], expected[0], unlike=unlike[0])
+    (replay,) = recordings
+    out = torch_pytree.tree_leaves(replay.function(*replay.args)[:2])
+    places = [leaf.data_ptr() for leaf in out if isinstance(leaf, Tensor)]
+    assert places == [own.data_ptr() for own in replay.inputs[: len(places)]] and len(places) >= 4
+    pure = ft.compile_step(case.loss, tx, donate=True, compile_optimizer=True, cuda_graph=False)
+    state = tx.init(case.tuned)
+    before = snapshot(case.tuned)
+    pure(case.tuned, state, case.batches[0])
+    assert_unchanged(case.tuned, before)
+    assert_equal(state, tx.init(case.tuned))
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_inputs_are_left_alone(stacked: bool):
     case, tx = Case(stacked), optimizer()
