@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finetuna_func._filters import join_name
 from finetuna_func._layers import conv1d, linear
+from finetuna_func._ops import compute_dtype
 from finetuna_func._skeleton import Skeleton
 
 _USES_OF_THE_SCALE = ("lora_bias", "lora_magnitude", "lora_a0")  # other than on B alone
@@ -42,8 +43,8 @@ def ready_factors(skeleton: Skeleton, leaves: Mapping[str, Tensor]) -> dict[str,
         if layer.type.forward in (linear, conv1d) and _is_scaled_alone(path, leaves):
             for own in ("lora_a", "lora_b"):
                 leaf = leaves[join_name(path, own)]
-                if torch.is_autocast_enabled(leaf.device.type):
-                    return out  # which decides what factors are cast to, there
+                if compute_dtype(leaf) != leaf.dtype:
+                    return out  # autocast decides what factors are cast to, where they are used
                 kind = (own, layer.dtype, leaf.shape, leaf.dtype, leaf.requires_grad)
                 groups.setdefault(kind, []).append(path)
     for (own, dtype, *_), paths in groups.items():
