@@ -437,7 +437,7 @@ FAMILIES: tuple[Family, ...] = (
         **_EXPERTS,
         **_NARROW,
         gaps=_ROUTER,
-        tolerance=2e-5,  # it normalises queries of four numbers, and errors with them where all four are small
+        tolerance=2e-5,  # many rows and few round differently, and it normalises queries of four numbers
     ),
     _decoder("OLMo 2", "Olmo2", _QV, **_GROUPED),
     _decoder("OLMoE", "Olmoe", _QV, **_GROUPED, **_EXPERTS, gaps=_ROUTER),
