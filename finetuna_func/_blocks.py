@@ -19,6 +19,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
+from finetuna_func import kernels
 from finetuna_func._filters import join_name, split_name
 from finetuna_func._hf import records_inside_blocks
 from finetuna_func._kept import compile_block
@@ -136,7 +137,8 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     compile = call.compile and can_compile()
     again = call.remat and not compile  # the compiler does it otherwise
     function = compiled(block.representative, _call, remat=call.remat) if compile else _call
-    state = call.of_block(block.path, block.representative_path, fused=compile)
+    use_kernels = compile and kernels.available()  # which the compiler cannot ask
+    state = call.of_block(block.path, block.representative_path, fused=compile, kernels=use_kernels)
 
     def pure(leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         # The backward pass may come here again, when the call is over: all that the block knows is set and unset.

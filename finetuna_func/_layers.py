@@ -92,6 +92,7 @@ class Call:
     remat: bool = False  # whether blocks are computed again in the backward pass
     compile: bool = False  # whether blocks are compiled
     fused: bool = False  # whether this is a block that is compiled
+    kernels: bool = False  # whether it may use Triton kernels
     part: Part = "all"  # of a model with a head: the body without the head, or the head without the body
     body_output: Any = None  # what the body returned, or stands for what it returns
     causal: Tensor | None = None  # a mask that blocks take for none: see `_hf.causal_mask`
@@ -110,10 +111,11 @@ class Call:
         for name, value in zip(_CALL_FIELDS, state, strict=True):
             setattr(self, name, value)
 
-    def of_block(self, path: str, representative: str, *, fused: bool = False) -> Call:
+    def of_block(self, path: str, representative: str, *, fused: bool = False, kernels: bool = False) -> Call:
         """Returns what a block knows that runs through its representative: its draws so far under those paths."""
         draws = {representative + own[len(path) :]: n for own, n in self.draws.items() if _is_below(own, path)}
-        return Call(self.stack, self.rows, self.inputs, self.pure, fused=fused, within=self.within, draws=draws)
+        of_compiler = {"fused": fused, "kernels": kernels}
+        return Call(self.stack, self.rows, self.inputs, self.pure, within=self.within, draws=draws, **of_compiler)
 
     def enter(self, block: Call) -> CallState:
         """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""
@@ -505,6 +507,22 @@ def _is_fused(layer: nn.Module, leaves: Leaves) -> bool:
     if not binding.call.fused or "lora_a" not in leaves or "dropout_key" in leaves or "lora_magnitude" in leaves:
         return False
     return not leaves["weight"].is_floating_point() and binding.scheme.linearised == binding.scheme
+
+
+def is_plain_linear(layer: Any) -> bool:
+    """Returns whether a module of a skeleton is a linear layer that computes with its weight and does nothing else."""
+    binding = getattr(layer, "_ft", None)
+    return isinstance(binding, Binding) and binding.type.forward is linear and binding.type.extends is None
+
+
+def fused_parts(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Returns the weight, A and ``scale * B`` of a layer for x, if these are all that its result depends on."""
+    leaves = leaves_of(layer)
+    if not _is_fused(layer, leaves) or "bias" in leaves or "lora_bias" in leaves:
+        return None
+    binding: Binding = layer._ft  # type: ignore[assignment]
+    weight = binding.scheme.dequantize(x.dtype, *_quantized(leaves, binding.scheme))
+    return weight, effective_factors(leaves)[0].to(x.dtype), _scaled_b(leaves, x.dtype)
 
 
 def _fused(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def adapted_products(x: Tensor, a: Tensor, weights: Sequence[Tensor], bs: Sequen
     if torch.is_grad_enabled() and (x.requires_grad or own_a.requires_grad or any(b.requires_grad for b in own_bs)):
         ys = _AdaptedProducts.apply(x, own_a, *weights, *own_bs)
         return ys if isinstance(ys, tuple) else (ys,)
-    return _products(x, _by_rows(x, own_a.shape[0], own_a.mT), weights, own_bs)
+    return _products(x, by_rows(x, own_a.shape[0], own_a.mT), weights, own_bs)
 
 
 def _products(x: Tensor, low: Tensor, weights: Sequence[Tensor], bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -63,7 +63,7 @@ class _AdaptedProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, *rest: Tensor) -> Tensor | tuple[Tensor, ...]:
         layers = len(rest) // 2
-        low = _by_rows(x, a.shape[0], a.mT)
+        low = by_rows(x, a.shape[0], a.mT)
         ctx.save_for_backward(x, low, a, *rest)
         ys = _products(x, low, rest[:layers], rest[layers:])
         return ys if layers > 1 else ys[0]  # of one in a tuple the compiler makes a tensor
@@ -75,7 +75,7 @@ class _AdaptedProducts(torch.autograd.Function):
         n, widths, ranks = a.shape[0], [w.shape[0] for w in weights], [b.shape[-1] for b in bs]
         g = _cat(grads, dim=-1)
         own_g = g.split(widths, dim=-1)
-        grad_low = torch.cat([_by_rows(own, n, b) for own, b in zip(own_g, bs, strict=True)], dim=-1)
+        grad_low = torch.cat([by_rows(own, n, b) for own, b in zip(own_g, bs, strict=True)], dim=-1)
         grad_x = None
         if ctx.needs_input_grad[0]:
             rows, low_rows = g.reshape(-1, g.shape[-1]), grad_low.view(n, -1, grad_low.shape[-1])
@@ -83,12 +83,12 @@ class _AdaptedProducts(torch.autograd.Function):
                 grad_x = _taken_up(rows, low_rows, _cat(weights).mT, a.mT).view(x.shape)
             else:  # of three axes, or the compiler takes the sum for an `addmm`, which copies one part first
                 grad_x = (rows @ _cat(weights)).view(x.shape) + torch.bmm(low_rows, a).view(x.shape)
-        grad_a = _summed(grad_low, x, n)
-        grad_bs = [_summed(own, part, n) for own, part in zip(own_g, low.split(ranks, dim=-1), strict=True)]
+        grad_a = summed(grad_low, x, n)
+        grad_bs = [summed(own, part, n) for own, part in zip(own_g, low.split(ranks, dim=-1), strict=True)]
         return grad_x, grad_a, *([None] * len(weights)), *grad_bs
 
 
-def _by_rows(x: Tensor, n: int, factors: Tensor) -> Tensor:
+def by_rows(x: Tensor, n: int, factors: Tensor) -> Tensor:
     """Products ``(rows, T, out)`` of x with ``(N, in, out)``, one for the rows of each finetune.
 
     Of x as it is, wherever it has three axes: it may not be computed yet, and of a view of such a tensor the compiler
@@ -99,7 +99,7 @@ def _by_rows(x: Tensor, n: int, factors: Tensor) -> Tensor:
     return torch.bmm(x, each.reshape(x.shape[0], *factors.shape[1:]))
 
 
-def _summed(x: Tensor, y: Tensor, n: int) -> Tensor:
+def summed(x: Tensor, y: Tensor, n: int) -> Tensor:
     """``x.T @ y`` over the rows of each finetune, ``(N, width of x, width of y)``."""
     return torch.bmm(x.reshape(n, -1, x.shape[-1]).mT, y.reshape(n, -1, y.shape[-1]))
 

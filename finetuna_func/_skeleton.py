@@ -28,6 +28,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack  # type: ig
 from finetuna_func._blocks import mark_blocks
 from finetuna_func._body import mark_body_and_head
 from finetuna_func._filters import join_name, split_name
+from finetuna_func._gated import mark_gated
 from finetuna_func._hf import (
     cap_scores,
     has_shared_bias,
@@ -173,6 +174,7 @@ class Skeleton:
             path for path, module in self._module.named_modules() if isinstance(module, nn.Dropout) and module.p > 0
         )
         self.required = frozenset(self._required_names())
+        mark_gated(self._module, call)
         self.blocks = mark_blocks(self._module, call)
         self.body, self.head = mark_body_and_head(self._module, call)
         self._module._ft_call = call  # type: ignore[assignment]

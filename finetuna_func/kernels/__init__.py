@@ -1,0 +1,34 @@
+"""Triton kernels, for blocks that the library compiles for a GPU.
+
+| module | concept |
+|---|---|
+| `gated` | what lies between the frozen products of a gated MLP: the gate, and the adapters' products |
+
+Nothing of Triton is imported before a kernel is used. A composite of plain torch is the definition of what a kernel
+computes, and runs on a CPU, in other dtypes, and where a tensor does not fit.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+MAX_RANK = 64  # sums of that many columns stay in registers
+
+
+@functools.cache
+def available() -> bool:
+    """Returns whether this process has Triton, and GPUs whose tensor cores take bfloat16 (sm_80 and later)."""
+    if importlib.util.find_spec("triton") is None or torch.version.cuda is None:
+        return False
+    devices = range(torch.cuda.device_count())
+    return len(devices) > 0 and all(torch.cuda.get_device_capability(i) >= (8, 0) for i in devices)
+
+
+def fits(x: Tensor, ranks: tuple[int, ...]) -> bool:
+    """Returns whether the kernels, where they are available, take products like x, of adapters of these ranks."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.device.type == "cuda" and half and all(0 < rank <= MAX_RANK for rank in ranks)
