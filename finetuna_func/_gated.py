@@ -89,7 +89,9 @@ def _run(module: nn.Module, x: Tensor) -> Tensor | None:
     use_kernels = call.kernels and kernels.fits(x, (b_g.shape[-1], b_u.shape[-1], a_d.shape[-2]))
     gelu = _ACTIVATIONS[_activation(module)]
     weight = torch.cat([w_g, w_u])
-    return gated_mlp(x, torch.cat([a_g, a_u], dim=-2), b_g, b_u, a_d, b_d, weight, w_d, gelu=gelu, use_kernels=use_kernels)
+    return gated_mlp(
+        x, torch.cat([a_g, a_u], dim=-2), b_g, b_u, a_d, b_d, weight, w_d, gelu=gelu, use_kernels=use_kernels
+    )
 
 
 def gated_mlp(
@@ -188,7 +190,15 @@ def _between(
 
 
 def _between_backward(
-    gu: Tensor, low: Tensor, b_g: Tensor, b_u: Tensor, a: Tensor, d_h: Tensor, d_low_h: Tensor, gelu: bool, use_kernels: bool
+    gu: Tensor,
+    low: Tensor,
+    b_g: Tensor,
+    b_u: Tensor,
+    a: Tensor,
+    d_h: Tensor,
+    d_low_h: Tensor,
+    gelu: bool,
+    use_kernels: bool,
 ) -> tuple[Tensor, ...]:
     """Returns the cotangents of what `_between` is given, but for the last two."""
     n, rank_g = b_g.shape[0], b_g.shape[-1]
@@ -197,7 +207,7 @@ def _between_backward(
 
         factors = (b_g.contiguous(), b_u.contiguous(), a.contiguous())
         d_gu, d_low, *d_factors = gated_backward(gu, low, *factors, d_h, d_low_h.contiguous(), gelu)
-        return d_gu, d_low.sum(0).to(gu.dtype), *(part.sum(1).to(gu.dtype) for part in d_factors)
+        return d_gu, d_low.sum(0, dtype=torch.float32).to(gu.dtype), *(part.sum(1).to(gu.dtype) for part in d_factors)
     g, u = _gate_and_up(gu, low, b_g, b_u)
     low, d_low_h = low.view(n, -1, low.shape[-1]), d_low_h.view(n, -1, d_low_h.shape[-1])
     z, dz = _slope(g, gelu)

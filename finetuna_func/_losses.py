@@ -23,7 +23,7 @@ from finetuna_func._sums import sum_of_pieces
 from finetuna_func._swap import call_on
 from finetuna_func._types import Base, Finetuned, Params
 
-_PIECE_BYTES = 2**28  # of fp32 logits; large enough to keep a GPU busy
+_PIECE_BYTES = 2**28  # of logits; large enough to keep a GPU busy
 _PIECE_BYTES_CPU = 2**25  # larger tensors get memory from the system each time, and touching it anew takes longer
 
 
@@ -61,7 +61,7 @@ def causal_lm_loss(
         reduction: ``"mean"`` over the tokens that count (0 if there are none), ``"sum"``, or ``"none"`` for
             ``(..., B, T - 1)``.
         chunk_tokens: Tokens whose logits exist at a time, over all finetunes; by default as many as have 256 MiB
-            (on a CPU 32), but 128 at least.
+            (on a CPU 32) of them, in fp32 or, compiled, in the model's dtype, but 128 at least.
         train: As for `apply`.
         rng: As for `apply` and `apply_stacked`.
         remat: As for `apply`.
@@ -145,7 +145,9 @@ def _losses_in_pieces(
         finally:
             call.restore(before)
 
-    size = _piece_size(base, of_head, targets, n, chunk_tokens)
+    # Eager, logits are there in fp32; compiled, in the model's dtype alone.
+    of_logit = hidden.element_size() if compile and can_compile() else 4
+    size = _piece_size(base, of_head, targets, n, chunk_tokens, of_logit)
     hidden, listed = hidden.flatten(-3, -2), targets.flatten(-2)
     if summed:
         return sum_of_pieces(piece, of_head, hidden, listed, size, n)
@@ -164,23 +166,25 @@ def _head_losses(
     return _cross_entropy(logits, targets, ignore_index)
 
 
-def _piece_size(base: Base, of_head: Params, targets: Tensor, n: int | None, chunk_tokens: int | None) -> int:
+def _piece_size(
+    base: Base, of_head: Params, targets: Tensor, n: int | None, chunk_tokens: int | None, of_logit: int
+) -> int:
     """Tokens of one finetune in a piece. If one size fits, all pieces have it: a compiler makes code for each."""
     tokens = targets.shape[-2] * targets.shape[-1]
     if any(name.endswith("dropout_key") for name in of_head):
         return tokens  # a mask is drawn for all tokens together
     vocabulary = base.skeleton.shapes[f"{base.skeleton.head}.weight"][0]
-    most = max(1, piece_tokens(vocabulary, chunk_tokens, targets.device) // (n or 1))
+    most = max(1, piece_tokens(vocabulary, chunk_tokens, targets.device, of_logit) // (n or 1))
     fewest = -(-tokens // most)
     count = next((count for count in range(fewest, 2 * fewest) if tokens % count == 0), fewest)
     return -(-tokens // count)
 
 
-def piece_tokens(vocabulary: int, chunk_tokens: int | None, device: torch.device) -> int:
-    """Returns how many tokens have logits at a time."""
+def piece_tokens(vocabulary: int, chunk_tokens: int | None, device: torch.device, of_logit: int = 4) -> int:
+    """Returns how many tokens have logits at a time, of ``of_logit`` bytes each."""
     if chunk_tokens is not None:
         return chunk_tokens
-    return max(128, (_PIECE_BYTES_CPU if device.type == "cpu" else _PIECE_BYTES) // (4 * vocabulary))
+    return max(128, (_PIECE_BYTES_CPU if device.type == "cpu" else _PIECE_BYTES) // (of_logit * vocabulary))
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

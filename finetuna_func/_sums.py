@@ -105,5 +105,9 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, cotangent: Tensor) -> Tensor:
-    """A gradient by the cotangent of its finetune, not rounded to the gradient's dtype before the product."""
-    return (grad * cotangent.reshape(*cotangent.shape, *([1] * (grad.ndim - cotangent.ndim)))).to(grad.dtype)
+    """A gradient by the cotangent of its finetune, not rounded to the gradient's dtype before the product.
+
+    In one pass, without a temporary in the wider dtype; nothing is recorded here.
+    """
+    wide = cotangent.reshape(*cotangent.shape, *([1] * (grad.ndim - cotangent.ndim)))
+    return torch.mul(grad, wide, out=torch.empty_like(grad))

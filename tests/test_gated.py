@@ -165,7 +165,7 @@ def test_whole_blocks_are_traced_with_the_kernels(traced: Any, monkeypatch: pyte
     monkeypatch.setattr(_kept, "compile_block", lambda f, remat: torch.compile(f, backend=backend, fullgraph=True))
     monkeypatch.setattr(_blocks, "compile_block", _kept.compile_block)
     base, stack, ids = stack_of_llamas(torch.float16)
-    ft.stacked_value_and_grad(lambda t: ft.apply_stacked(base, t, ids, compile="blocks").logits.float().mean((1, 2, 3)))(
-        stack
-    )
+    ft.stacked_value_and_grad(
+        lambda t: ft.apply_stacked(base, t, ids, compile="blocks").logits.float().mean((1, 2, 3))
+    )(stack)
     assert written == [["h", "low_h"], ["d_a", "d_bg", "d_bu", "d_gu", "d_low"]]

@@ -24,7 +24,7 @@ from torch.library import triton_op, wrap_triton
 BLOCK_M = 64
 BLOCK_N = 128  # forward; backward, half as many
 SPLITS = 8  # of the columns, forward: with fewer programs, multiprocessors would idle
-CHUNK = 512  # rows whose sums one program forms, backward
+CHUNK = 1024  # rows whose sums one program forms, backward
 
 
 @triton.jit
@@ -121,8 +121,8 @@ def _backward_kernel(
         tl.store(d_gu + g_at, dg, mask=inside & kept)
         tl.store(d_gu + g_at + width, du, mask=inside & kept)
         at = d_low + (block.to(tl.int64) * total + far) * (RG + RU)
-        tl.store(at + of_g[None, :], tl.dot(dg, bg), mask=inside & in_g)
-        tl.store(at + RG + of_u[None, :], tl.dot(du, bu), mask=inside & in_u)
+        tl.store(at + of_g[None, :], tl.dot(dg, bg).to(d_low.dtype.element_ty), mask=inside & in_g)
+        tl.store(at + RG + of_u[None, :], tl.dot(du, bu).to(d_low.dtype.element_ty), mask=inside & in_u)
         acc_g = tl.dot(tl.trans(dg), low_g, acc_g)
         acc_u = tl.dot(tl.trans(du), low_u, acc_u)
         acc_h = tl.dot(tl.trans(h), dl, acc_h)
@@ -164,9 +164,10 @@ def gated(gu: Tensor, low: Tensor, b_g: Tensor, b_u: Tensor, a: Tensor, gelu: bo
 def gated_backward(
     gu: Tensor, low: Tensor, b_g: Tensor, b_u: Tensor, a: Tensor, d_h: Tensor, d_low_h: Tensor, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the cotangents of ``gu``, ``low``, ``b_g``, ``b_u`` and ``a``, all but the first in parts, float32.
+    """Returns the cotangents of ``gu``, ``low``, ``b_g``, ``b_u`` and ``a``, all but the first in parts.
 
-    The sum over the first axis is to be taken of that of ``low``, over the second, of parts, of the last three.
+    The sum over the first axis is to be taken of that of ``low``, in the dtype of ``gu``, and over the second, of
+    parts, of the last three, in float32.
 
     Args:
         gu: As for `gated`.
@@ -183,7 +184,7 @@ def gated_backward(
     rows, blocks = total // n, -(-width // (BLOCK_N // 2))
     chunks = -(-rows // CHUNK)
     d_gu = torch.empty_like(gu)
-    d_low = gu.new_empty(blocks, total, rank_g + rank_u, dtype=torch.float32)
+    d_low = gu.new_empty(blocks, total, rank_g + rank_u)  # many: in float32 they would be half as much as d_h
     d_bg, d_bu, d_a = (
         gu.new_empty(n, chunks, *shape, dtype=torch.float32)
         for shape in ((width, rank_g), (width, rank_u), (rank_h, width))
