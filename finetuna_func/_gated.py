@@ -48,7 +48,7 @@ def is_gated(module: nn.Module) -> bool:
 
 def _in_two_lines(self: Any, x: Any) -> Any:
     down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return down_proj  # noqa: RET504
+    return down_proj
 
 
 def _in_one_line(self: Any, x: Any) -> Any:

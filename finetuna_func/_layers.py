@@ -114,8 +114,8 @@ class Call:
     def of_block(self, path: str, representative: str, *, fused: bool = False, kernels: bool = False) -> Call:
         """Returns what a block knows that runs through its representative: its draws so far under those paths."""
         draws = {representative + own[len(path) :]: n for own, n in self.draws.items() if _is_below(own, path)}
-        of_compiler = {"fused": fused, "kernels": kernels}
-        return Call(self.stack, self.rows, self.inputs, self.pure, within=self.within, draws=draws, **of_compiler)
+        of_all = Call(self.stack, self.rows, self.inputs, self.pure, within=self.within, draws=draws)
+        return replace(of_all, fused=fused, kernels=kernels)
 
     def enter(self, block: Call) -> CallState:
         """Starts what `of_block` describes, each time anew; returns what `restore` takes at its end."""

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import finetunes, llama
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 import finetuna_func as ft
-from finetuna_func import _blocks, _gated, _kept, kernels
+from finetuna_func import _blocks, _kept, kernels
 from finetuna_func._gated import gated_mlp
 
 RTOL = 1e-12
