@@ -78,13 +78,13 @@ def _run(module: nn.Module, x: Tensor) -> Tensor | None:
     """What the module computes, or None if one of its layers does not run as a function of its codes and adapter."""
     layers = [module.get_submodule(name) for name in _CHILDREN]
     x = x.to(compute_dtype(x))
-    parts = [fused_parts(layer, x) for layer in layers]
-    if parts[0] is None or parts[1] is None or parts[2] is None:
+    gate, up, down = (fused_parts(layer, x) for layer in layers)
+    if gate is None or up is None or down is None:
         return None
     for layer in layers:
         binding: Binding = layer._ft  # type: ignore[assignment]
         binding.call.seen.add(binding.path)
-    (w_g, a_g, b_g), (w_u, a_u, b_u), (w_d, a_d, b_d) = parts
+    (w_g, a_g, b_g), (w_u, a_u, b_u), (w_d, a_d, b_d) = gate, up, down
     call: Call = module._ft_call  # type: ignore[assignment]
     use_kernels = call.kernels and kernels.fits(x, (b_g.shape[-1], b_u.shape[-1], a_d.shape[-2]))
     gelu = _ACTIVATIONS[_activation(module)]

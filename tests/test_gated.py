@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,22 +14,34 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import finetunes, llama
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import finetuna_func as ft
-from finetuna_func import _blocks, _kept, kernels
+from finetuna_func import _blocks, _gated, kernels
 from finetuna_func._gated import gated_mlp
 
 RTOL = 1e-12
 """Sums of at most 300 numbers about as large as one, in float64, in another order."""
 
 
-def stack_of_llamas(dtype: torch.dtype, n: int = 2) -> tuple[ft.Base, ft.Finetuned, Tensor]:
-    base = ft.quantize_base_model(llama().to(dtype))
-    layers = {"q_proj", "gate_proj", "up_proj", "down_proj"}
-    stack = ft.stack(finetunes(base, n, adapt_layers=layers, plain_layers=set()))
-    return base, stack, torch.arange(12 * n).view(n, 2, 6) % 29
+def stack_of_llamas(
+    dtype: torch.dtype,
+    n: int = 2,
+    *,
+    device: str = "cpu",
+    rounded: bool = False,
+    finetune: dict[str, Any] | None = None,
+    **config: Any,
+) -> tuple[ft.Base, ft.Finetuned, Tensor]:
+    """A base, n finetunes of all layers of its MLPs, and ids; ``rounded`` weights are those of bfloat16."""
+    model = llama(**config)
+    model = model.to(device, torch.bfloat16 if rounded else dtype).to(dtype)
+    base = ft.quantize_base_model(model)
+    options = {"adapt_layers": {"q_proj", "gate_proj", "up_proj", "down_proj"}, "plain_layers": set()}
+    stack = ft.stack(finetunes(base, n, **options | (finetune or {})))
+    return base, stack, (torch.arange(12 * n).view(n, 2, 6) % 29).to(device)
 
 
 def plainly(
@@ -157,10 +173,147 @@ def test_whole_blocks_are_traced_with_the_kernels(traced: Any, monkeypatch: pyte
     backend, written = traced
     monkeypatch.setattr(kernels, "available", lambda: True)
     monkeypatch.setattr(kernels, "fits", lambda x, ranks: ranks == (4, 4, 4))
-    monkeypatch.setattr(_kept, "compile_block", lambda f, remat: torch.compile(f, backend=backend, fullgraph=True))
-    monkeypatch.setattr(_blocks, "compile_block", _kept.compile_block)
+    monkeypatch.setattr(_blocks, "compile_block", lambda f, remat: torch.compile(f, backend=backend, fullgraph=True))
     base, stack, ids = stack_of_llamas(torch.float16)
     ft.stacked_value_and_grad(
         lambda t: ft.apply_stacked(base, t, ids, compile="blocks").logits.float().mean((1, 2, 3))
     )(stack)
     assert written == [["h", "low_h"], ["d_a", "d_bg", "d_bu", "d_gu", "d_low"]]
+
+
+def compiled_gradients(base: ft.Base, stack: ft.Finetuned, ids: Tensor, **options: Any) -> dict[str, Tensor]:
+    def loss(stack: ft.Finetuned) -> Tensor:
+        return ft.apply_stacked(base, stack, ids, **options).logits.square().mean((1, 2, 3))
+
+    return ft.stacked_value_and_grad(loss)(stack)[1]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch):
+    """Compiles blocks with a backend that needs no compiler, and notes the MLPs that run as one function."""
+    found: list[bool] = []
+    original = _gated.gated_mlp
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        found.append(options["gelu"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(_gated, "gated_mlp", counted)
+    monkeypatch.setattr(
+        _blocks, "compile_block", lambda f, remat: torch.compile(f, backend="aot_eager", fullgraph=True)
+    )
+    torch.compiler.reset()
+    yield found
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+def test_a_compiled_model_has_the_gradients_of_an_eager_one(act: str, calls: list[bool]):
+    base, stack, ids = stack_of_llamas(torch.float32, hidden_act=act)
+    found = compiled_gradients(base, stack, ids, compile="blocks")
+    assert set(calls) == {act != "silu"}
+    calls.clear()
+    expected = compiled_gradients(base, stack, ids)
+    assert calls == []  # where nothing is compiled
+    for name, leaf in expected.items():
+        torch.testing.assert_close(found[name], leaf, rtol=1e-4, atol=2e-6 * float(leaf.abs().max()), msg=name)
+        assert leaf.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("config", "finetune"),
+    [
+        ({"mlp_bias": True}, {}),
+        ({"hidden_act": "relu"}, {}),
+        ({}, {"adapt_layers": {"gate_proj", "up_proj"}}),
+        ({}, {"linear_config": ft.LinearAdapterConfig(r=4, bias=True)}),
+        ({}, {"linear_config": ft.LinearAdapterConfig(r=4, dora=True)}),
+    ],
+    ids=["biases", "another activation", "down has no adapter", "adapters with biases", "DoRA"],
+)
+def test_what_is_not_one_function(config: dict[str, Any], finetune: dict[str, Any], calls: list[bool]):
+    base, stack, ids = stack_of_llamas(torch.float32, finetune=finetune, **config)
+    found, expected = compiled_gradients(base, stack, ids, compile="blocks"), compiled_gradients(base, stack, ids)
+    assert calls == []
+    for name, leaf in expected.items():
+        torch.testing.assert_close(found[name], leaf, rtol=1e-4, atol=2e-6 * float(leaf.abs().max()), msg=name)
+
+
+def test_by_code():
+    """The line is known wherever it stands, and nothing else is taken for it."""
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False)
+            self.down_proj, self.act_fn = nn.Linear(6, 4, bias=False), nn.SiLU()
+
+    class Own(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    class Turned(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+    class Doubled(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 2
+
+    def gated(*blocks: nn.Module) -> list[bool]:
+        base = ft.quantize_base_model(nn.Sequential(*blocks))
+        with base.skeleton.calling() as (module, _):
+            return [_gated.is_gated(block) or hasattr(block, "_ft_call") for block in module]
+
+    assert gated(Own(), Turned(), Doubled()) == [True, False, False]
+
+
+INTERPRETED = Path(__file__).with_name("interpreted_gated.py")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux alone")
+def test_kernels_in_the_interpreter():
+    """In a process of its own, since the interpreter is chosen when the kernels are imported."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=INTERPRETED.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-500:]
+
+
+def test_importing_the_library_imports_no_kernel():
+    """A machine without Triton, or without a GPU, never meets them."""
+    code = "import sys, finetuna_func; sys.exit('finetuna_func.kernels.gated' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_fits(dtype: torch.dtype):
+    half = dtype in (torch.float16, torch.bfloat16)
+    with FakeTensorMode():  # tensors without numbers that say they are on a GPU
+        x = torch.empty(2, 3, dtype=dtype, device="cuda")
+        assert kernels.fits(x, (4, 64, 1)) is half
+        assert not kernels.fits(x, (4, 65, 1)) and not kernels.fits(x, (0, 4, 4))
+        assert not kernels.fits(torch.empty(2, 3, dtype=dtype), (4, 4, 4))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not kernels.available(), reason="needs a GPU and Triton")
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+def test_compiled_blocks_on_a_gpu(act: str):
+    """Kernels in whole blocks of bfloat16 are as close to float32 as eager ones: products are rounded less often."""
+    sizes = {"hidden_size": 64, "intermediate_size": 136, "hidden_act": act}
+    base, stack, ids = stack_of_llamas(torch.bfloat16, device="cuda", **sizes)
+    eager, compiled = (compiled_gradients(base, stack, ids, compile=how) for how in (None, "blocks"))
+    wide, wide_stack, _ = stack_of_llamas(torch.float32, device="cuda", rounded=True, **sizes)
+    exact = compiled_gradients(wide, wide_stack, ids)
+
+    def error(grads: dict[str, Tensor], name: str) -> float:
+        return float((grads[name] - exact[name]).norm() / exact[name].norm())
+
+    for name in exact:
+        assert error(compiled, name) < max(1.5 * error(eager, name), 2e-2), name
+        assert error(compiled, name) > 0
