@@ -386,8 +386,9 @@ def main() -> None:
 
 
 def report_of(paths: list[Path], picture: Path | None) -> None:
-    """Prints the rows of JSON files as a Markdown table, and draws them."""
-    rows = [Row(**row) for path in paths for row in json.loads(path.read_text())["rows"]]
+    """Prints the rows of JSON files as a Markdown table, and draws them; of rows of one name the last."""
+    read = [Row(**row) for path in paths for row in json.loads(path.read_text())["rows"]]
+    rows = list({(row.shape, row.name): row for row in read}.values())
     for shape in dict.fromkeys(row.shape for row in rows):
         print(f"| {shape.replace('x', ' x ')} | ms | k tok/s | peak GiB | of the ceiling | first call, s |")
         print("|---|---:|---:|---:|---:|---:|")
