@@ -3,13 +3,14 @@
     g = gu[:, :F] + low_g Bg^T      u = gu[:, F:] + low_u Bu^T      h = act(g) * u      low_h = h A^T
 
 ``gu`` is the frozen product of gate and up, F wide each; an adapter's products are a few operations per number of it,
-which tensor cores do while the next numbers arrive. Apart from a kernel like this, each of them is a pass of its own:
-two forward and six backward over tensors as wide as ``gu``, beside the one of the activation. Backward, h is computed
-again in the pass that needs it, so that nobody keeps it.
+which tensor cores do while the next numbers arrive. Apart from a kernel like this, each of them is a pass of its own
+over what is F wide: three forward and six backward, beside that of the activation. Backward, h is computed again in the
+pass that needs it, so that nobody keeps it.
 
 Rows of one adapter are next to one another, and each of N adapters has as many; a tile never spans two. Sums are in
 float32 and in a fixed order, without atomics: the same inputs give the same bits. Sums over tiles are left to the
-compiler, which sees through a ``triton_op``. The grouped products are those of Punica (arXiv 2310.18547) and
+compiler, which sees through a ``triton_op``; the parts of one, the cotangents of ``low``, are many, and rounded to 16
+bits. The grouped products are those of Punica (arXiv 2310.18547) and
 LoRAFusion (2510.00206); the kernels are our own.
 """
 
