@@ -170,6 +170,24 @@ def test_the_compiler_sees_a_kernel_forward_and_one_backward(lead: tuple[int, ..
     assert written == [["h", "low_h"], ["d_a", "d_bg", "d_bu", "d_gu", "d_low"]]
 
 
+def test_one_graph_serves_all_lengths(traced: Any):
+    """Both passes are traced, with a length that is a symbol, before the compiler is given the first."""
+    leaves, weights = inputs(2, (2, 64), (16, 40, 16), (4, 2, 3), 0)
+    leaves, weights = [leaf.half().requires_grad_() for leaf in leaves], [weight.half() for weight in weights]
+    torch._dynamo.mark_dynamic(leaves[0], 1)
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        lengths = [own.shape[1] for own in inputs if isinstance(own, Tensor) and own.ndim == 3 and own.shape[0] == 4]
+        raise RuntimeError(f"{len(lengths)} of a length that is {type(lengths[0]).__name__}")
+
+    def run(*leaves: Tensor) -> Tensor:
+        return gated_mlp(*leaves, *weights, use_kernels=True)
+
+    compiled = torch.compile(run, backend=aot_autograd(fw_compiler=backend), fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="1 of a length that is SymInt"):
+        compiled(*leaves)
+
+
 def test_whole_blocks_are_traced_with_the_kernels(traced: Any, monkeypatch: pytest.MonkeyPatch):
     backend, written = traced
     monkeypatch.setattr(kernels, "available", lambda: True)
