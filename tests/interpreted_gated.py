@@ -13,7 +13,11 @@ from torch import Tensor
 
 from finetuna_func._gated import _between, _between_backward
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
+
 
 RTOL = 4e-4
 """Of a norm. Results in float16, and products of what is rounded to it: 2**-11 / sqrt(3) = 2.8e-4 by root mean square,
