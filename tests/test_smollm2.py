@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 import finetuna_func as ft
 import real_data
+from finetuna_func import _blocks, _gated
 
 QUERY_VALUE = ("q_proj", "v_proj")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -565,6 +566,29 @@ def test_stacked_value_and_grad(base, finetunes, samples, loop):
     assert max(errors) < TOLERANCE
     want = torch.stack([causal_loss(base)(tuned, samples[i, 0]) for i, tuned in enumerate(finetunes)])
     assert relative(losses, want) < TOLERANCE
+
+
+def test_compiled_blocks(base, finetunes, samples, loop, monkeypatch):
+    """What the compiler gets, gated MLPs and shared products, through a backend that runs it as it is."""
+    monkeypatch.setattr(
+        _blocks, "compile_block", lambda run, remat: torch.compile(run, backend="aot_eager", fullgraph=True)
+    )
+    traced: set[str] = set()
+    as_one = _gated.gated_mlp
+    monkeypatch.setattr(_gated, "gated_mlp", lambda *args, **options: traced.add("MLP") or as_one(*args, **options))
+    torch.compiler.reset()
+
+    def losses(stack: ft.Finetuned, ids: Tensor) -> Tensor:
+        return ft.causal_lm_loss(base, stack, ids, compile="blocks")
+
+    found, grads = ft.stacked_value_and_grad(losses)(ft.stack(finetunes), samples[:, 0])
+    torch.compiler.reset()
+    assert traced
+    errors = [error(at(grads, i), loop[i][0]) for i in range(ADAPTERS)]
+    print(f"errors {errors}")
+    assert max(errors) < TOLERANCE
+    want = torch.stack([causal_loss(base)(tuned, samples[i, 0]) for i, tuned in enumerate(finetunes)])
+    assert relative(found, want) < TOLERANCE
 
 
 def direction(tuned: ft.Finetuned, seed: int) -> dict[str, Tensor]:
