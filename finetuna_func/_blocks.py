@@ -137,7 +137,9 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     compile = call.compile and can_compile()
     again = call.remat and not compile  # the compiler does it otherwise
     function = compiled(block.representative, _call, remat=call.remat) if compile else _call
-    use_kernels = compile and kernels.available()  # which the compiler cannot ask
+    leaves = dict(_tensors_of(module))
+    # The compiler cannot ask for that.
+    use_kernels = compile and all(kernels.available(leaf.device) for leaf in leaves.values())
     state = call.of_block(block.path, block.representative_path, fused=compile, kernels=use_kernels)
 
     def pure(leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -152,7 +154,6 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
             call.restore(before)
             _exchange(block.representative, others)
 
-    leaves = dict(_tensors_of(module))
     if compile:
         leaves, args, kwargs = alike(leaves, args, kwargs)
     out, (seen, draws) = (remat(pure) if again else pure)(leaves, args, kwargs)

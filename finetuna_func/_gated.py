@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetuna_func import kernels
-from finetuna_func._layers import Binding, Call, fused_parts, is_plain_linear
+from finetuna_func._layers import Call, divided_by_rows, fused_parts, is_plain_linear
 from finetuna_func._ops import compute_dtype
 from finetuna_func._products import by_rows, summed
 
@@ -81,9 +81,8 @@ def _run(module: nn.Module, x: Tensor) -> Tensor | None:
     gate, up, down = (fused_parts(layer, x) for layer in layers)
     if gate is None or up is None or down is None:
         return None
-    for layer in layers:
-        binding: Binding = layer._ft  # type: ignore[assignment]
-        binding.call.seen.add(binding.path)
+    for layer in layers:  # what goes into down has the rows of x
+        x = divided_by_rows(layer, x)
     (w_g, a_g, b_g), (w_u, a_u, b_u), (w_d, a_d, b_d) = gate, up, down
     call: Call = module._ft_call  # type: ignore[assignment]
     use_kernels = call.kernels and kernels.fits(x, (b_g.shape[-1], b_u.shape[-1], a_d.shape[-2]))

@@ -509,6 +509,11 @@ def _is_fused(layer: nn.Module, leaves: Leaves) -> bool:
     return not leaves["weight"].is_floating_point() and binding.scheme.linearised == binding.scheme
 
 
+def divided_by_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """Returns an input of a layer as its own forward takes it: in a stacked call, checked to be divided by rows."""
+    return _to_rows(layer, leaves_of(layer), x)
+
+
 def is_plain_linear(layer: Any) -> bool:
     """Returns whether a module of a skeleton is a linear layer that computes with its weight and does nothing else."""
     binding = getattr(layer, "_ft", None)
@@ -519,6 +524,8 @@ def fused_parts(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | 
     """Returns the weight, A and ``scale * B`` of a layer for x, if these are all that its result depends on."""
     leaves = leaves_of(layer)
     if not _is_fused(layer, leaves) or "bias" in leaves or "lora_bias" in leaves:
+        return None
+    if layer._forward_hooks or layer._forward_pre_hooks:  # for which the layer itself has to run
         return None
     binding: Binding = layer._ft  # type: ignore[assignment]
     weight = binding.scheme.dequantize(x.dtype, *_quantized(leaves, binding.scheme))

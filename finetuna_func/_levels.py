@@ -13,6 +13,7 @@ from torch._C._functorch import (  # type: ignore[import-not-found]
     is_batchedtensor,
     is_functorch_wrapped_tensor,
     is_gradtrackingtensor,
+    is_legacy_batchedtensor,
     maybe_get_level,
     peek_interpreter_stack,
 )
@@ -59,3 +60,8 @@ def is_recorded_outside(tensors: Iterable[Tensor]) -> bool:
         return tensor
 
     return any(own.requires_grad or own.is_inference() for own in map(innermost, tensors))
+
+
+def is_one_of_many(cotangent: Tensor) -> bool:
+    """Whether autograd takes several cotangents at once: for ``is_grads_batched``, by a vmap older than torch.func."""
+    return inside_transform() or is_legacy_batchedtensor(cotangent)

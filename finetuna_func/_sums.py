@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetuna_func._levels import inside_transform
+from finetuna_func._levels import inside_transform, is_one_of_many
 from finetuna_func._remat import remat
 
 Piece = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
@@ -105,9 +105,8 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, cotangent: Tensor) -> Tensor:
-    """A gradient by the cotangent of its finetune, not rounded to the gradient's dtype before the product.
-
-    In one pass, without a temporary in the wider dtype; nothing is recorded here.
-    """
+    """A gradient by the cotangent of its finetune, not rounded to the gradient's dtype before the product."""
     wide = cotangent.reshape(*cotangent.shape, *([1] * (grad.ndim - cotangent.ndim)))
-    return torch.mul(grad, wide, out=torch.empty_like(grad))
+    if is_one_of_many(cotangent):
+        return (grad * wide).to(grad.dtype)
+    return torch.mul(grad, wide, out=torch.empty_like(grad))  # in one pass, without a temporary in the wider dtype

@@ -359,6 +359,23 @@ def test_transforms(exact: ft.Base, transform: str, remat: Any):
     assert max(float((f - u).abs().max()) for f, u in zip(found, unlike, strict=True)) > 1e3 * EXACT * scale
 
 
+def test_many_cotangents_at_once(exact: ft.Base):
+    """Several backward passes by one, as for a Jacobian, are those one after another."""
+    stacked = ft.stack(finetunes(exact, N))
+    params = {name: leaf.detach().requires_grad_() for name, leaf in stacked.params.items()}
+    losses = ft.causal_lm_loss(exact, stacked.replace(params=params), IDS, chunk_tokens=4)
+    cotangents = torch.randn(4, N, dtype=losses.dtype, generator=torch.Generator().manual_seed(0))
+
+    def pulled_back(cotangents: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(losses, list(params.values()), cotangents, retain_graph=True, **options)
+
+    found = pulled_back(cotangents, is_grads_batched=True)
+    one_by_one = [torch.stack(own) for own in zip(*map(pulled_back, cotangents), strict=True)]
+    scale = max(float(own.abs().max()) for own in one_by_one)
+    assert max(float((f - own).abs().max()) for f, own in zip(found, one_by_one, strict=True)) <= EXACT * scale
+    assert max(float((f - own.roll(1, 0)).abs().max()) for f, own in zip(found, one_by_one, strict=True)) > 0.1 * scale
+
+
 def test_gradcheck():
     """Against finite differences; second derivatives too."""
     base = ft.quantize_base_model(SmallLm().double())

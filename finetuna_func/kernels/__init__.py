@@ -20,15 +20,14 @@ MAX_RANK = 64  # sums of that many columns stay in registers
 
 
 @functools.cache
-def available() -> bool:
-    """Returns whether this process has Triton, and GPUs whose tensor cores take bfloat16 (sm_80 and later)."""
-    if importlib.util.find_spec("triton") is None or torch.version.cuda is None:
+def available(device: torch.device) -> bool:
+    """Returns whether there is Triton for a device: a GPU whose tensor cores take bfloat16 (sm_80 and later)."""
+    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
-    devices = range(torch.cuda.device_count())
-    return len(devices) > 0 and all(torch.cuda.get_device_capability(i) >= (8, 0) for i in devices)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def fits(x: Tensor, ranks: tuple[int, ...]) -> bool:
     """Returns whether the kernels, where they are available, take products like x, of adapters of these ranks."""
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.device.type == "cuda" and half and all(0 < rank <= MAX_RANK for rank in ranks)
+    return x.device.type == "cuda" and half and x.numel() > 0 and all(0 < rank <= MAX_RANK for rank in ranks)

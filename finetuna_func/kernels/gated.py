@@ -10,8 +10,7 @@ pass that needs it, so that nobody keeps it.
 Rows of one adapter are next to one another, and each of N adapters has as many; a tile never spans two. Sums are in
 float32 and in a fixed order, without atomics: the same inputs give the same bits. Sums over tiles are left to the
 compiler, which sees through a ``triton_op``; the parts of one, the cotangents of ``low``, are many, and rounded to 16
-bits. The grouped products are those of Punica (arXiv 2310.18547) and
-LoRAFusion (2510.00206); the kernels are our own.
+bits. The grouped products are those of Punica (arXiv 2310.18547) and LoRAFusion (2510.00206); the kernels are our own.
 """
 
 from __future__ import annotations
@@ -185,7 +184,7 @@ def gated_backward(
     rows, blocks = total // n, -(-width // (BLOCK_N // 2))
     chunks = -(-rows // CHUNK)
     d_gu = torch.empty_like(gu)
-    d_low = gu.new_empty(blocks, total, rank_g + rank_u)  # many: in float32 they would be half as much as d_h
+    d_low = gu.new_empty(blocks, total, rank_g + rank_u)  # many: in float32 of r = 16 as much as d_h
     d_bg, d_bu, d_a = (
         gu.new_empty(n, chunks, *shape, dtype=torch.float32)
         for shape in ((width, rank_g), (width, rank_u), (rank_h, width))
@@ -193,8 +192,7 @@ def gated_backward(
     wrap_triton(_backward_kernel)[(n * chunks * blocks,)](
         gu, low, b_g, b_u, a, d_h, d_low_h, d_gu, d_low, d_bg, d_bu, d_a, total, rows, width, CHUNK,
         RG=rank_g, RU=rank_u, RH=rank_h, BG=_padded(rank_g), BU=_padded(rank_u), BH=_padded(rank_h),
-        GELU=gelu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N // 2,
-        num_warps=4, num_stages=1,
+        GELU=gelu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N // 2, num_warps=4, num_stages=1,
     )  # fmt: skip
     return d_gu, d_low, d_bg, d_bu, d_a
 
