@@ -1,7 +1,8 @@
 """What a compiled block keeps from its forward for its backward pass.
 
-The compiler decides, by size. It would keep a weight once it is dequantized, since the backward pass reads it as well:
-twice the memory of the codes, for every layer. Those are told to be made again.
+The compiler decides, by size and by rules of thumb. It would keep a weight once it is dequantized, since the backward
+pass reads it as well: twice the memory of the codes, for every layer. And it would keep what products read, such as
+the output of a norm beside its input. Those are told to be made again.
 """
 
 from __future__ import annotations
@@ -28,15 +29,14 @@ def compile_block(function: Callable[..., Any], *, remat: bool) -> Callable[...,
     # Combined, the many small kernels for adapters are few: launching them took the host longer than a GPU the block.
     options = {"joint_custom_post_pass": _make_weights_again(), "combo_kernels": True}
     run = torch.compile(function, fullgraph=True, options=options)
-    return _keeping_inputs(run) if remat else run
+    # Of what a norm puts out, adapters' gradients are the one reason to keep it. Its input is there: it is made again.
+    settings = {"activation_memory_budget": 0.0} if remat else {"ban_recompute_materialized_backward": False}
 
-
-def _keeping_inputs(run: Callable[..., Any]) -> Callable[..., Any]:
-    def with_inputs_alone(*args: Any) -> Any:
-        with functorch_config.patch(activation_memory_budget=0.0):  # read when it compiles
+    def under_settings(*args: Any) -> Any:
+        with functorch_config.patch(settings):  # read when it compiles
             return run(*args)
 
-    return with_inputs_alone
+    return under_settings
 
 
 @functools.cache

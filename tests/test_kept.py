@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +57,18 @@ def test_weights_are_made_again_from_their_codes(scheme: str, monkeypatch: pytes
     monkeypatch.setattr(_kept, "_make_weights_again", Nothing)
     torch._dynamo.reset()
     assert kept(scheme=scheme) >= of_codes + 0.5 * of_blocks
+
+
+def test_what_norms_put_out_is_made_again(monkeypatch: pytest.MonkeyPatch):
+    """Two norms a block, whose outputs only gradients of adapters read: a token as wide as the model."""
+    model = llama(hidden_size=64, intermediate_size=64)
+    base, other = ft.quantize_base_model(model), ft.quantize_base_model(model)
+    tuned = finetunes(base, 1, adapt_layers={"q_proj", "gate_proj", "up_proj"}, plain_layers=set())[0]
+    ids, layers = torch.arange(32).view(2, 16), model.config.num_hidden_layers
+    without = kept_bytes(base, tuned, ids)
+    monkeypatch.setattr(_kept, "functorch_config", SimpleNamespace(patch=lambda settings: contextlib.nullcontext()))
+    torch._dynamo.reset()
+    assert kept_bytes(other, tuned, ids) >= without + 2 * layers * ids.numel() * 64 * 4
 
 
 def test_what_is_marked():
