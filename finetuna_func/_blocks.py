@@ -138,8 +138,8 @@ def _run(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     again = call.remat and not compile  # the compiler does it otherwise
     function = compiled(block.representative, _call, remat=call.remat) if compile else _call
     leaves = dict(_tensors_of(module))
-    # The compiler cannot ask for that.
-    use_kernels = compile and all(kernels.available(leaf.device) for leaf in leaves.values())
+    some = next(iter(leaves.values()), None)
+    use_kernels = compile and some is not None and kernels.available(some.device)  # which the compiler cannot ask
     state = call.of_block(block.path, block.representative_path, fused=compile, kernels=use_kernels)
 
     def pure(leaves: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetuna_func import kernels
-from finetuna_func._layers import Call, divided_by_rows, fused_parts, is_plain_linear
+from finetuna_func._layers import Call, divided_by_rows, fused_parts, has_hooks, is_plain_linear
 from finetuna_func._ops import compute_dtype
 from finetuna_func._products import by_rows, summed
 
@@ -77,6 +77,8 @@ def _as_one(cls: type[nn.Module]) -> type[nn.Module]:
 def _run(module: nn.Module, x: Tensor) -> Tensor | None:
     """What the module computes, or None if one of its layers does not run as a function of its codes and adapter."""
     layers = [module.get_submodule(name) for name in _CHILDREN]
+    if any(map(has_hooks, (*layers, module.get_submodule("act_fn")))):
+        return None
     x = x.to(compute_dtype(x))
     gate, up, down = (fused_parts(layer, x) for layer in layers)
     if gate is None or up is None or down is None:

@@ -29,14 +29,9 @@ def compile_block(function: Callable[..., Any], *, remat: bool) -> Callable[...,
     # Combined, the many small kernels for adapters are few: launching them took the host longer than a GPU the block.
     options = {"joint_custom_post_pass": _make_weights_again(), "combo_kernels": True}
     run = torch.compile(function, fullgraph=True, options=options)
-    # Of what a norm puts out, adapters' gradients are the one reason to keep it. Its input is there: it is made again.
+    # What is quickly made of what is kept is made again, though a product reads it: what a norm puts out, for adapters.
     settings = {"activation_memory_budget": 0.0} if remat else {"ban_recompute_materialized_backward": False}
-
-    def under_settings(*args: Any) -> Any:
-        with functorch_config.patch(settings):  # read when it compiles
-            return run(*args)
-
-    return under_settings
+    return functorch_config.patch(settings)(run)  # read when it compiles
 
 
 @functools.cache

@@ -514,6 +514,12 @@ def divided_by_rows(layer: nn.Module, x: Tensor) -> Tensor:
     return _to_rows(layer, leaves_of(layer), x)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Returns whether a module has to run by itself, for those who watch it."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(kinds)
+
+
 def is_plain_linear(layer: Any) -> bool:
     """Returns whether a module of a skeleton is a linear layer that computes with its weight and does nothing else."""
     binding = getattr(layer, "_ft", None)
@@ -524,8 +530,6 @@ def fused_parts(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | 
     """Returns the weight, A and ``scale * B`` of a layer for x, if these are all that its result depends on."""
     leaves = leaves_of(layer)
     if not _is_fused(layer, leaves) or "bias" in leaves or "lora_bias" in leaves:
-        return None
-    if layer._forward_hooks or layer._forward_pre_hooks:  # for which the layer itself has to run
         return None
     binding: Binding = layer._ft  # type: ignore[assignment]
     weight = binding.scheme.dequantize(x.dtype, *_quantized(leaves, binding.scheme))

@@ -301,10 +301,11 @@ def test_rows_are_checked_as_by_the_layers(calls: list[bool]):
             ft.apply_stacked(base, stack, torch.ones(2, 2, 7, 4), compile=how)
 
 
-def test_hooks_of_layers_run(calls: list[bool]):
+@pytest.mark.parametrize("name", ["up_proj", "act_fn"])
+def test_hooks_of_layers_run(name: str, calls: list[bool]):
     model, seen = Blocks(), set()
     for layer in model.layers:
-        layer.mlp.up_proj.register_forward_hook(lambda *_: seen.add("up"))
+        layer.mlp.get_submodule(name).register_forward_hook(lambda *_: seen.add(name))
     base = ft.quantize_base_model(model)
     ft.apply(base, finetunes(base, 1, plain_layers=set())[0], torch.ones(2, 5, 4), compile="blocks")
     assert calls == [] and seen

@@ -24,8 +24,9 @@ from torch.library import triton_op, wrap_triton
 # Tiles of two warps, for which Triton takes the older instructions of tensor cores. These multiply registers; those of
 # four warps read shared memory, and wait for one another before and after each of eight small products.
 BLOCK_M = 32
+BLOCK_N = 64  # forward, twice as many for small ranks
+SMALL = 32  # ranks whose sums leave registers to two warps
 SPLITS = 4  # of the columns, forward: with fewer programs, multiprocessors would idle
-BLOCK_N = 64  # backward
 CHUNK = 1024  # rows whose sums one program forms, backward
 
 
@@ -149,8 +150,8 @@ def gated(gu: Tensor, low: Tensor, b_g: Tensor, b_u: Tensor, a: Tensor, gelu: bo
     """
     (n, width, rank_g), rank_u, rank_h = b_g.shape, b_u.shape[-1], a.shape[-2]
     total = gu.shape[0]
-    few = max(rank_g, rank_u, rank_h) <= 32
-    block_n = 128 if few else 64
+    small = max(rank_g, rank_u, rank_h) <= SMALL
+    block_n = 2 * BLOCK_N if small else BLOCK_N
     rows, blocks = total // n, -(-width // block_n)
     parts = min(SPLITS, blocks)
     cols = -(-blocks // parts) * block_n
@@ -159,7 +160,7 @@ def gated(gu: Tensor, low: Tensor, b_g: Tensor, b_u: Tensor, a: Tensor, gelu: bo
     wrap_triton(_forward_kernel)[(n * -(-rows // BLOCK_M) * parts,)](
         gu, low, b_g, b_u, a, h, low_h, total, rows, width, cols,
         RG=rank_g, RU=rank_u, RH=rank_h, BG=_padded(rank_g), BU=_padded(rank_u), BH=_padded(rank_h),
-        GELU=gelu, PARTS=parts, BLOCK_M=BLOCK_M, BLOCK_N=block_n, num_warps=2, num_stages=3 if few else 2,
+        GELU=gelu, PARTS=parts, BLOCK_M=BLOCK_M, BLOCK_N=block_n, num_warps=2, num_stages=3 if small else 2,
     )  # fmt: skip
     return h, low_h
 
@@ -185,6 +186,7 @@ def gated_backward(
     """
     (n, width, rank_g), rank_u, rank_h = b_g.shape, b_u.shape[-1], a.shape[-2]
     total = gu.shape[0]
+    small = max(rank_g, rank_u, rank_h) <= SMALL
     rows, blocks = total // n, -(-width // BLOCK_N)
     chunks = -(-rows // CHUNK)
     d_gu = torch.empty_like(gu)
@@ -196,8 +198,7 @@ def gated_backward(
     wrap_triton(_backward_kernel)[(n * chunks * blocks,)](
         gu, low, b_g, b_u, a, d_h, d_low_h, d_gu, d_low, d_bg, d_bu, d_a, total, rows, width, CHUNK,
         RG=rank_g, RU=rank_u, RH=rank_h, BG=_padded(rank_g), BU=_padded(rank_u), BH=_padded(rank_h),
-        GELU=gelu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_stages=1,
-        num_warps=2 if max(rank_g, rank_u, rank_h) <= 32 else 4,  # or their sums do not fit into registers
+        GELU=gelu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=2 if small else 4, num_stages=1,
     )  # fmt: skip
     return d_gu, d_low, d_bg, d_bu, d_a
 
