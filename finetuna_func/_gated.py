@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from finetuna_func import kernels
 from finetuna_func._layers import Call, divided_by_rows, fused_parts, has_hooks, is_plain_linear
 from finetuna_func._ops import compute_dtype
-from finetuna_func._products import by_rows, summed
+from finetuna_func._products import by_rows, contracted, expanded, summed
 
 _CHILDREN = ("gate_proj", "up_proj", "down_proj")
 _ACTIVATIONS = {  # whether it is GELU, in its tanh form
@@ -122,7 +122,8 @@ def gated_mlp(
         weight: That of gate on top of that of up, ``(2 F, in)``, frozen.
         down: ``(out, F)``, frozen.
         gelu: Whether ``act`` is GELU in its tanh form, and not SiLU.
-        use_kernels: Whether what lies between is computed by `kernels.gated`.
+        use_kernels: Whether what lies between is computed by `kernels.gated`, and adapters' products elsewhere by
+            `kernels.low_rank`.
 
     Example:
         >>> x, w, zero = torch.ones(2, 3), torch.ones(8, 3), torch.zeros
@@ -155,7 +156,7 @@ class _GatedMlp(torch.autograd.Function):
         gu = x.reshape(-1, x.shape[-1]) @ weight.mT
         h, low_h = _between(gu, low.reshape(-1, low.shape[-1]), b_g, b_u, a_d, gelu, use_kernels)
         shape = (*x.shape[:-1], down.shape[0])
-        y = (h @ down.mT).view(shape) + by_rows(low_h.view(*x.shape[:-1], -1), n, b_d.mT).view(shape)
+        y = (h @ down.mT).view(shape) + expanded(low_h, 0, b_d, use_kernels).view(shape)
         ctx.save_for_backward(x, a, b_g, b_u, a_d, b_d, weight, down, low, gu, low_h)
         ctx.how = gelu, use_kernels
         return y
@@ -164,14 +165,14 @@ class _GatedMlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b_g, b_u, a_d, b_d, weight, down, low, gu, low_h = ctx.saved_tensors
         (dy,), n = grads, a.shape[0]
-        d_low_h = by_rows(dy, n, b_d).reshape(low_h.shape)
+        d_low_h, d_bd = contracted(dy, 0, low_h.view(*dy.shape[:-1], -1), 0, b_d, ctx.how[1])
+        d_low_h = d_low_h.reshape(low_h.shape)
         d_h = dy.reshape(-1, dy.shape[-1]) @ down
         low_rows = low.reshape(-1, low.shape[-1])
         d_gu, d_low, d_bg, d_bu, d_ad = _between_backward(gu, low_rows, b_g, b_u, a_d, d_h, d_low_h, *ctx.how)
         d_x = None
         if ctx.needs_input_grad[0]:  # of as many axes as x, or the compiler takes the sum for an `addmm`, which copies
-            d_x = (d_gu @ weight).view(x.shape) + torch.bmm(d_low.view(n, -1, d_low.shape[-1]), a).view(x.shape)
-        d_bd = summed(dy, low_h, n)
+            d_x = (d_gu @ weight).view(x.shape) + expanded(d_low, 0, a, ctx.how[1], upright=True).view(x.shape)
         return d_x, summed(d_low, x, n), d_bg, d_bu, d_ad, d_bd, None, None, None, None
 
 

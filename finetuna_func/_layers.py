@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import TransformType, get_interpreter_stack  # type: ignore[import-not-found]
 
-from finetuna_func import _random
+from finetuna_func import _random, kernels
 from finetuna_func._levels import inside_transform
 from finetuna_func._low_rank import with_low_rank
 from finetuna_func._ops import compute_dtype, frozen_matmul
@@ -544,7 +544,9 @@ def _fused(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:
     def products(group: list[tuple[Binding, Leaves]]) -> tuple[Tensor, ...]:
         weights = [of.scheme.dequantize(own.dtype, *_quantized(theirs, of.scheme)) for of, theirs in group]
         a = _on_top([effective_factors(theirs)[0] for _, theirs in group]).to(own.dtype)
-        return adapted_products(own, a, weights, [_scaled_b(theirs, own.dtype) for _, theirs in group])
+        bs = [_scaled_b(theirs, own.dtype) for _, theirs in group]
+        use_kernels = call.kernels and kernels.fits(own, tuple(b.shape[-1] for b in bs))
+        return adapted_products(own, a, weights, bs, use_kernels=use_kernels)
 
     y, bias = _with_siblings(layer, leaves, x, products), leaves.get("bias")
     y = y if bias is None else y + _per_row(bias.to(y.dtype), y, call, 1)

@@ -8,6 +8,8 @@ forward and backward, which the compiler does not find by itself:
   product with their weights on top of one another.
 - A product that is wider than its input takes the adapter up: ``[x, low] @ [W, B].T``, with a few columns more to
   sum over, of which each finetune's rows fill their own. Nothing of the width of ``y`` is added up.
+- An adapter's products from or to few columns are `kernels.low_rank`, where there are kernels: the cotangent of ``y``
+  is read once for both of its products.
 
 Only first derivatives in reverse mode, all that a compiled block has.
 """
@@ -21,7 +23,9 @@ import torch
 from torch import Tensor
 
 
-def adapted_products(x: Tensor, a: Tensor, weights: Sequence[Tensor], bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def adapted_products(
+    x: Tensor, a: Tensor, weights: Sequence[Tensor], bs: Sequence[Tensor], *, use_kernels: bool = False
+) -> tuple[Tensor, ...]:
     """Returns ``x @ W.T + (x @ A.T) @ B.T`` for each layer, ``(N * rows, ..., out)``.
 
     Args:
@@ -29,6 +33,7 @@ def adapted_products(x: Tensor, a: Tensor, weights: Sequence[Tensor], bs: Sequen
         a: The layers' A's on top of one another, ``(N, sum of r, in)``; of a single finetune without N.
         weights: ``(out, in)`` each, frozen: they get no gradient.
         bs: ``(N, out, r)`` each, with the scale of the adapter in it; of a single finetune without N.
+        use_kernels: Whether an adapter's products are computed by `kernels.low_rank`.
 
     Returns:
         One product for each layer, in the dtype of all of them.
@@ -42,30 +47,34 @@ def adapted_products(x: Tensor, a: Tensor, weights: Sequence[Tensor], bs: Sequen
     single = a.ndim == 2
     own_a, own_bs = (a.unsqueeze(0), [b.unsqueeze(0) for b in bs]) if single else (a, bs)
     if torch.is_grad_enabled() and (x.requires_grad or own_a.requires_grad or any(b.requires_grad for b in own_bs)):
-        ys = _AdaptedProducts.apply(x, own_a, *weights, *own_bs)
+        ys = _AdaptedProducts.apply(x, own_a, use_kernels, *weights, *own_bs)
         return ys if isinstance(ys, tuple) else (ys,)
-    return _products(x, by_rows(x, own_a.shape[0], own_a.mT), weights, own_bs)
+    return _products(x, by_rows(x, own_a.shape[0], own_a.mT), weights, own_bs, use_kernels)
 
 
-def _products(x: Tensor, low: Tensor, weights: Sequence[Tensor], bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    rows = x.reshape(-1, x.shape[-1])
-    n = bs[0].shape[0]
-    lows = low.view(n, -1, low.shape[-1]).split([b.shape[-1] for b in bs], dim=-1)
-    if all(_takes_up(rows, weight.shape[0], n * b.shape[-1]) for weight, b in zip(weights, bs, strict=True)):
+def _products(
+    x: Tensor, low: Tensor, weights: Sequence[Tensor], bs: Sequence[Tensor], use_kernels: bool
+) -> tuple[Tensor, ...]:
+    rows, low = x.reshape(-1, x.shape[-1]), low.reshape(-1, low.shape[-1])
+    ranks = [b.shape[-1] for b in bs]
+    if all(_takes_up(rows, weight.shape[0], b.shape[0] * b.shape[-1]) for weight, b in zip(weights, bs, strict=True)):
+        lows = [own.unflatten(0, (bs[0].shape[0], -1)) for own in low.split(ranks, dim=-1)]
         ys = [_taken_up(rows, own, weight, b) for own, weight, b in zip(lows, weights, bs, strict=True)]
     else:
         plain = (rows @ _cat(weights).mT).split([weight.shape[0] for weight in weights], dim=-1)
-        ys = [y + torch.bmm(own, b.mT).view(y.shape) for y, own, b in zip(plain, lows, bs, strict=True)]
+        firsts = _firsts(ranks)
+        ys = [y + expanded(low, at, b, use_kernels) for y, at, b in zip(plain, firsts, bs, strict=True)]
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
 class _AdaptedProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, *rest: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, a: Tensor, use_kernels: bool, *rest: Tensor) -> Tensor | tuple[Tensor, ...]:
         layers = len(rest) // 2
         low = by_rows(x, a.shape[0], a.mT)
         ctx.save_for_backward(x, low, a, *rest)
-        ys = _products(x, low, rest[:layers], rest[layers:])
+        ctx.use_kernels = use_kernels
+        ys = _products(x, low, rest[:layers], rest[layers:], use_kernels)
         return ys if layers > 1 else ys[0]  # of one in a tuple the compiler makes a tensor
 
     @staticmethod
@@ -74,18 +83,63 @@ class _AdaptedProducts(torch.autograd.Function):
         weights, bs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         n, widths, ranks = a.shape[0], [w.shape[0] for w in weights], [b.shape[-1] for b in bs]
         g = _cat(grads, dim=-1)
-        own_g = g.split(widths, dim=-1)
-        grad_low = torch.cat([by_rows(own, n, b) for own, b in zip(own_g, bs, strict=True)], dim=-1)
+        places = zip(_firsts(widths), _firsts(ranks), bs, strict=True)
+        found = [contracted(g, first, low, at, b, ctx.use_kernels) for first, at, b in places]
+        grad_low = torch.cat([own for own, _ in found], dim=-1)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            rows, low_rows = g.reshape(-1, g.shape[-1]), grad_low.view(n, -1, grad_low.shape[-1])
+            rows, low_rows = g.reshape(-1, g.shape[-1]), grad_low.reshape(-1, grad_low.shape[-1])
             if _takes_up(rows, x.shape[-1], n * sum(ranks)):
-                grad_x = _taken_up(rows, low_rows, _cat(weights).mT, a.mT).view(x.shape)
+                grad_x = _taken_up(rows, low_rows.view(n, -1, sum(ranks)), _cat(weights).mT, a.mT).view(x.shape)
             else:  # of three axes, or the compiler takes the sum for an `addmm`, which copies one part first
-                grad_x = (rows @ _cat(weights)).view(x.shape) + torch.bmm(low_rows, a).view(x.shape)
+                own = expanded(low_rows, 0, a, ctx.use_kernels, upright=True)
+                grad_x = (rows @ _cat(weights)).view(x.shape) + own.view(x.shape)
         grad_a = summed(grad_low, x, n)
-        grad_bs = [summed(own, part, n) for own, part in zip(own_g, low.split(ranks, dim=-1), strict=True)]
-        return grad_x, grad_a, *([None] * len(weights)), *grad_bs
+        return grad_x, grad_a, None, *([None] * len(weights)), *(d_b for _, d_b in found)
+
+
+def expanded(low: Tensor, first: int, factors: Tensor, use_kernels: bool, *, upright: bool = False) -> Tensor:
+    """Products of some columns of low, those from ``first`` on, with each finetune's factors, ``(N * rows, width)``.
+
+    Args:
+        low: ``(N * rows, all columns)``.
+        first: The first of r columns.
+        factors: ``(N, width, r)``; upright ``(N, r, width)``.
+        use_kernels: Whether `kernels.low_rank` computes them.
+        upright: Whether the factors are so.
+    """
+    if use_kernels:
+        from finetuna_func.kernels.low_rank import expand
+
+        return expand(low, factors.contiguous(), first, upright)
+    factors = factors if upright else factors.mT
+    own = low[:, first : first + factors.shape[1]]
+    return torch.bmm(own.reshape(factors.shape[0], -1, own.shape[-1]), factors).flatten(0, 1)
+
+
+def contracted(dy: Tensor, first: int, low: Tensor, at: int, b: Tensor, use_kernels: bool) -> tuple[Tensor, Tensor]:
+    """Returns the cotangents of low and of B where ``low @ B.T`` has the cotangent dy.
+
+    Args:
+        dy: ``(N * rows, ..., all columns)``, of which those of B are ``width`` from ``first`` on.
+        first: Their first.
+        low: ``(N * rows, ..., all columns)``, of which those of B are r from ``at`` on.
+        at: Their first.
+        b: ``(N, width, r)``.
+        use_kernels: Whether `kernels.low_rank` computes them, reading dy once.
+
+    Returns:
+        ``(N * rows, ..., r)`` and ``(N, width, r)``.
+    """
+    n, width, rank = b.shape
+    if use_kernels:
+        from finetuna_func.kernels.low_rank import contract
+
+        rows, lows = dy.reshape(-1, dy.shape[-1]).contiguous(), low.reshape(-1, low.shape[-1]).contiguous()
+        d_low, d_b = contract(rows, lows, b.contiguous(), first, at)
+        return d_low.sum(0).to(dy.dtype).view(*dy.shape[:-1], rank), d_b.sum(1).to(dy.dtype)
+    own, low = dy[..., first : first + width], low[..., at : at + rank]
+    return by_rows(own, n, b).view(*dy.shape[:-1], rank), summed(own, low, n)
 
 
 def by_rows(x: Tensor, n: int, factors: Tensor) -> Tensor:
@@ -102,6 +156,10 @@ def by_rows(x: Tensor, n: int, factors: Tensor) -> Tensor:
 def summed(x: Tensor, y: Tensor, n: int) -> Tensor:
     """``x.T @ y`` over the rows of each finetune, ``(N, width of x, width of y)``."""
     return torch.bmm(x.reshape(n, -1, x.shape[-1]).mT, y.reshape(n, -1, y.shape[-1]))
+
+
+def _firsts(widths: Sequence[int]) -> list[int]:
+    return [sum(widths[:i]) for i in range(len(widths))]
 
 
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The kernels of gated MLPs in Triton's interpreter, on the CPU: `test_gated` runs this file with TRITON_INTERPRET=1.
+"""The kernels of gated MLPs in Triton's interpreter, on the CPU: `test_kernels` runs this file with TRITON_INTERPRET=1.
 
 In float16: the interpreter multiplies the bits of bfloat16 as integers. `test_gated` checks bfloat16 on a GPU.
 """

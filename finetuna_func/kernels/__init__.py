@@ -3,6 +3,7 @@
 | module | concept |
 |---|---|
 | `gated` | what lies between the frozen products of a gated MLP: the gate, and the adapters' products |
+| `low_rank` | adapters' products elsewhere: from few columns to many, and both cotangents from one reading |
 
 Nothing of Triton is imported before a kernel is used. A composite of plain torch is the definition of what a kernel
 computes, and runs on a CPU, in other dtypes, and where a tensor does not fit.
@@ -31,3 +32,8 @@ def fits(x: Tensor, ranks: tuple[int, ...]) -> bool:
     """Returns whether the kernels, where they are available, take products like x, of adapters of these ranks."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     return x.device.type == "cuda" and half and x.numel() > 0 and all(0 < rank <= MAX_RANK for rank in ranks)
+
+
+def padded(rank: int) -> int:
+    """Returns the width of a tile that holds a rank, a power of two: tensor cores take 16 columns at least."""
+    return max(16, 1 << (rank - 1).bit_length())

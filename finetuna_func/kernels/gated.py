@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from finetuna_func.kernels import padded
+
 # Tiles of two warps, for which Triton takes the older instructions of tensor cores. These multiply registers; those of
 # four warps read shared memory, and wait for one another before and after each of eight small products.
 BLOCK_M = 32
@@ -159,7 +161,7 @@ def gated(gu: Tensor, low: Tensor, b_g: Tensor, b_u: Tensor, a: Tensor, gelu: bo
     low_h = gu.new_empty(parts, total, rank_h, dtype=torch.float32)
     wrap_triton(_forward_kernel)[(n * -(-rows // BLOCK_M) * parts,)](
         gu, low, b_g, b_u, a, h, low_h, total, rows, width, cols,
-        RG=rank_g, RU=rank_u, RH=rank_h, BG=_padded(rank_g), BU=_padded(rank_u), BH=_padded(rank_h),
+        RG=rank_g, RU=rank_u, RH=rank_h, BG=padded(rank_g), BU=padded(rank_u), BH=padded(rank_h),
         GELU=gelu, PARTS=parts, BLOCK_M=BLOCK_M, BLOCK_N=block_n, num_warps=2, num_stages=3 if small else 2,
     )  # fmt: skip
     return h, low_h
@@ -197,12 +199,7 @@ def gated_backward(
     )
     wrap_triton(_backward_kernel)[(n * chunks * blocks,)](
         gu, low, b_g, b_u, a, d_h, d_low_h, d_gu, d_low, d_bg, d_bu, d_a, total, rows, width, CHUNK,
-        RG=rank_g, RU=rank_u, RH=rank_h, BG=_padded(rank_g), BU=_padded(rank_u), BH=_padded(rank_h),
+        RG=rank_g, RU=rank_u, RH=rank_h, BG=padded(rank_g), BU=padded(rank_u), BH=padded(rank_h),
         GELU=gelu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=2 if small else 4, num_stages=1,
     )  # fmt: skip
     return d_gu, d_low, d_bg, d_bu, d_a
-
-
-def _padded(rank: int) -> int:
-    """The width of a tile that holds a rank: tensor cores take 16 columns at least."""
-    return max(16, triton.next_power_of_2(rank))

@@ -1,0 +1,118 @@
+"""An adapter's products with what is as wide as its layer's output, each at the rate of reading or writing it.
+
+    expand:    low @ B^T                       contract:  dy @ B  and  dy^T low,  from one reading of dy
+
+Between a few columns and many, such products are memory traffic: a library of matrix products reads dy once for each
+of the last two, and for the first has its workspace cleared before. Rows of one adapter are next to one another, and
+each of N adapters has as many; a tile never spans two. Sums are in float32 and in a fixed order, without atomics;
+those over tiles are left to the compiler. (The expand and shrink of Punica, arXiv 2310.18547; the kernels are our own.)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from finetuna_func.kernels import padded
+
+BLOCK_R = 64  # columns of low at a time
+EXPAND_M, EXPAND_N, EXPAND_WARPS = 64, 128, 4
+CONTRACT_M, CONTRACT_N, CONTRACT_WARPS, CONTRACT_STAGES = 256, 64, 8, 1
+SPLITS = 8  # of the columns, where rows alone would leave multiprocessors idle
+
+
+@triton.jit
+def _expand_kernel(
+    low, factors, y, columns, first, rows, width,
+    R: tl.constexpr, UPRIGHT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    blocks, tiles = tl.cdiv(width, BLOCK_N), tl.cdiv(rows, BLOCK_M)
+    block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    own = (tile // tiles).to(tl.int64)
+    row, col = (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M), block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside, kept = (row < rows)[:, None], (col < width)[None, :]
+    far = (own * rows + row)[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, R, BLOCK_R):
+        of = start + tl.arange(0, BLOCK_R)
+        left = tl.load(low + far * columns + first + of[None, :], mask=inside & (of < R)[None, :], other=0.0)
+        at = of[:, None] * width + col[None, :] if UPRIGHT else col[None, :] * R + of[:, None]
+        right = tl.load(factors + own * R * width + at, mask=kept & (of < R)[:, None], other=0.0)
+        acc = tl.dot(left, right, acc)
+    tl.store(y + far * width + col[None, :], acc.to(y.dtype.element_ty), mask=inside & kept)
+
+
+@triton.jit
+def _contract_kernel(
+    dy, low, b, d_low, d_b, dy_columns, dy_first, columns, first, total, rows, width, cols,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tile, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
+    tiles = tl.cdiv(rows, BLOCK_M)
+    own = tile // tiles
+    row, of = (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    inside, held = (row < rows)[:, None], (of < R)[None, :]
+    far = (own * rows + row)[:, None]
+    own_low = tl.load(low + far * columns + first + of[None, :], mask=inside & held, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for start in range(part * cols, tl.minimum(part * cols + cols, width), BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        kept = (col < width)[:, None]
+        g = tl.load(dy + far * dy_columns + dy_first + col[None, :], mask=inside & (col < width)[None, :], other=0.0)
+        b_tile = tl.load(b + (own * width + col[:, None]) * R + of[None, :], mask=kept & held, other=0.0)
+        acc = tl.dot(g, b_tile, acc)
+        tl.store(d_b + (tile * width + col[:, None]) * R + of[None, :], tl.dot(tl.trans(g), own_low), mask=kept & held)
+    tl.store(d_low + (part * total + far) * R + of[None, :], acc, mask=inside & held)
+
+
+@triton_op("finetuna_func::expand", mutates_args={})
+def expand(low: Tensor, factors: Tensor, first: int, upright: bool) -> Tensor:
+    """Returns the product of some columns of low with the factors of each adapter, ``(N * rows, width)``.
+
+    Args:
+        low: ``(N * rows, columns)``, bfloat16 or float16, contiguous like the factors.
+        factors: ``(N, width, r)``; upright ``(N, r, width)``.
+        first: The first of the r columns of low that are multiplied.
+        upright: Whether the factors are so.
+    """
+    n, width, rank = (factors if not upright else factors.mT).shape
+    total, columns = low.shape
+    y = low.new_empty(total, width)
+    block_r = min(BLOCK_R, padded(rank))
+    wrap_triton(_expand_kernel)[(n * -(-(total // n) // EXPAND_M) * -(-width // EXPAND_N),)](
+        low, factors, y, columns, first, total // n, width,
+        R=rank, UPRIGHT=upright, BLOCK_R=block_r, BLOCK_M=EXPAND_M, BLOCK_N=EXPAND_N, num_warps=EXPAND_WARPS,
+    )  # fmt: skip
+    return y
+
+
+@triton_op("finetuna_func::contract", mutates_args={})
+def contract(dy: Tensor, low: Tensor, b: Tensor, dy_first: int, first: int) -> tuple[Tensor, Tensor]:
+    """Returns ``dy @ B`` and ``dy.T @ low`` of some columns of dy and low, in parts, in float32.
+
+    The sum over the first axis is to be taken of the former, ``(parts, N * rows, r)``, and over the second of the
+    latter, ``(N, parts, width, r)``.
+
+    Args:
+        dy: ``(N * rows, all columns)``, bfloat16 or float16, contiguous like all others.
+        low: ``(N * rows, all columns)``.
+        b: ``(N, width, r)``.
+        dy_first: The first of the ``width`` columns of dy that are multiplied.
+        first: The first of the r columns of low.
+    """
+    n, width, rank = b.shape
+    total, rows = dy.shape[0], dy.shape[0] // n
+    tiles, blocks = -(-rows // CONTRACT_M), -(-width // CONTRACT_N)
+    parts = min(SPLITS, blocks)
+    cols = -(-blocks // parts) * CONTRACT_N
+    d_low = dy.new_empty(parts, total, rank, dtype=torch.float32)
+    d_b = dy.new_empty(n, tiles, width, rank, dtype=torch.float32)
+    wrap_triton(_contract_kernel)[(n * tiles * parts,)](
+        dy, low, b, d_low, d_b, dy.shape[1], dy_first, low.shape[1], first, total, rows, width, cols,
+        R=rank, BLOCK_R=padded(rank), PARTS=parts, BLOCK_M=CONTRACT_M, BLOCK_N=CONTRACT_N,
+        num_warps=CONTRACT_WARPS, num_stages=CONTRACT_STAGES,
+    )  # fmt: skip
+    return d_low, d_b

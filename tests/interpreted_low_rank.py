@@ -1,0 +1,110 @@
+"""Kernels of adapters' products in Triton's interpreter, on the CPU.
+
+`test_kernels` runs this file with TRITON_INTERPRET=1. In float16, since the
+interpreter multiplies the bits of bfloat16 as integers; `test_kernels` checks bfloat16 on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetuna_func._products import adapted_products, contracted, expanded
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    assert os.environ.get("TRITON_INTERPRET") == "1", "run with TRITON_INTERPRET=1"
+
+
+RTOL = 4e-4
+"""Of a norm: results rounded to float16 are off by 2**-11 / sqrt(3) = 2.8e-4 by root mean square; their sums are in
+float32."""
+
+SIZES = [  # adapters, rows of each, width, rank
+    (2, 64, 128, 16),
+    (3, 37, 72, 5),
+    (1, 5, 40, 20),
+    (2, 300, 700, 33),
+    (2, 3, 24, 2),
+]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    assert found.shape == exact.shape
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize(("n", "rows", "width", "rank"), [*SIZES, (2, 40, 72, 80)])
+def test_expanded(n: int, rows: int, width: int, rank: int, upright: bool):
+    low, factors = draw(n * rows, rank + 7), draw(n, rank, width, seed=1)
+    factors = factors if upright else factors.mT.contiguous()
+    found = expanded(low, 3, factors, True, upright=upright)
+    assert error(found, expanded(low.double(), 3, factors.double(), False, upright=upright)) < RTOL
+    assert error(found, expanded(low.double(), 4, factors.double(), False, upright=upright)) > 0.1
+    if n > 1:
+        assert error(found, expanded(low.double(), 3, factors.roll(1, 0).double(), False, upright=upright)) > 0.1
+    own = draw(n * rows, rank)  # the last column is next to what is not there
+    assert (
+        error(
+            expanded(own, 0, factors, True, upright=upright),
+            expanded(own.double(), 0, factors.double(), False, upright=upright),
+        )
+        < RTOL
+    )
+
+
+@pytest.mark.parametrize("lead", [1, 2])
+@pytest.mark.parametrize(("n", "rows", "width", "rank"), SIZES)
+def test_contracted(n: int, rows: int, width: int, rank: int, lead: int):
+    """Of some columns of dy and of low, with NaN in all others."""
+    dy, low, b = draw(n * rows, width + 11), draw(n * rows, rank + 7, seed=1), draw(n, width, rank, seed=2)
+    dy[:, :5], dy[:, 5 + width :], low[:, :3], low[:, 3 + rank :] = (torch.nan,) * 4
+    if lead == 2:
+        dy, low = dy.view(n, rows, -1), low.view(n, rows, -1)
+    found = contracted(dy, 5, low, 3, b, True)
+    exact = contracted(dy.double(), 5, low.double(), 3, b.double(), False)
+    others = contracted(dy.double(), 5, low.double(), 3, 2 * b.double(), False)[0], exact[1].roll(1, -1)
+    for own, other, wrong in zip(found, exact, others, strict=True):
+        assert error(own, other) < RTOL
+        assert rank == 1 or error(own, wrong) > 0.1
+    again = contracted(dy, 5, low, 3, b, True)
+    assert all(torch.equal(own, other) for own, other in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("layers", [[(24, 4)], [(24, 4), (16, 2), (8, 5)]], ids=["one layer", "three layers"])
+def test_as_one_function(layers: list[tuple[int, int]]):
+    """Values and gradients of it all, in float16 through the kernels, against float64 through plain products."""
+    n, width = 2, 40
+    x, a = draw(2 * n, 9, width), draw(n, sum(rank for _, rank in layers), width, seed=1)
+    weights = [draw(out, width, seed=2 + i) for i, (out, _) in enumerate(layers)]
+    bs = [draw(n, out, rank, seed=5 + i) for i, (out, rank) in enumerate(layers)]
+    results = []
+    for wide in (False, True):
+        given = [x, a, *bs] if not wide else [leaf.double() for leaf in (x, a, *bs)]
+        leaves = [leaf.detach().requires_grad_() for leaf in given]
+        own = [weight.to(leaves[0].dtype) for weight in weights]
+        ys = adapted_products(leaves[0], leaves[1], own, leaves[2:], use_kernels=not wide)
+        grads = torch.autograd.grad(sum(y.double().square().sum() for y in ys), leaves)
+        results.append((*ys, *grads))
+    for found, exact in zip(*results, strict=True):
+        assert error(found, exact) < 4 * RTOL  # what is rounded goes into what is rounded
+
+
+def test_a_diverged_adapter_leaves_others_alone():
+    dy, low, b = draw(2 * 37, 72), draw(2 * 37, 5, seed=1), draw(2, 72, 5, seed=2)
+    spoilt = b.clone()
+    spoilt[0] = torch.nan
+    for one, other in (
+        (expanded(low, 0, b, True), expanded(low, 0, spoilt, True)),
+        (contracted(dy, 0, low, 0, b, True)[0], contracted(dy, 0, low, 0, spoilt, True)[0]),
+    ):
+        assert torch.equal(one[37:], other[37:]) and other[:37].isnan().any()
