@@ -1,8 +1,8 @@
 """What a compiled block keeps from its forward for its backward pass.
 
 The compiler decides, by size and by rules of thumb. It would keep a weight once it is dequantized, since the backward
-pass reads it as well: twice the memory of the codes, for every layer. And it would keep what products read, such as
-the output of a norm beside its input. Those are told to be made again.
+pass reads it as well: twice the memory of the codes, for every layer. Those are told to be made again. What norms put
+out is not asked for in the backward pass at all: see `_norms`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import fx
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy
 
+from finetuna_func import _norms
+from finetuna_func._norms import form_before_norms
+
 CODES = (torch.int8, torch.uint8)
 
 
@@ -27,33 +30,37 @@ def compile_block(function: Callable[..., Any], *, remat: bool) -> Callable[...,
         remat: Whether to keep nothing but inputs, and to compute all else again.
     """
     # Combined, the many small kernels for adapters are few: launching them took the host longer than a GPU the block.
-    options = {"joint_custom_post_pass": _make_weights_again(), "combo_kernels": True}
+    options = {"joint_custom_post_pass": _on_both_passes(), "combo_kernels": True}
     run = torch.compile(function, fullgraph=True, options=options)
-    # What is quickly made of what is kept is made again, though a product reads it: what a norm puts out, for adapters.
-    settings = {"activation_memory_budget": 0.0} if remat else {"ban_recompute_materialized_backward": False}
-    return functorch_config.patch(settings)(run)  # read when it compiles
+    return functorch_config.patch(activation_memory_budget=0.0)(run) if remat else run  # read when it compiles
 
 
 @functools.cache
-def _make_weights_again() -> Any:
-    """The pass that marks what is made of codes, up to the product that reads it."""
+def _on_both_passes() -> Any:
+    """What is done to the graph of both passes, before the compiler decides what one keeps for the other."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # which takes a second
 
-    class MakeWeightsAgain(CustomGraphPass):
+    class OnBothPasses(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            made_of_codes: set[fx.Node] = set()
-            for node in graph.nodes:
-                if node.op == "placeholder":
-                    if getattr(node.meta.get("val"), "dtype", None) in CODES:
-                        made_of_codes.add(node)
-                elif node.op == "call_function" and _goes_on(node, made_of_codes):
-                    made_of_codes.add(node)
-                    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            form_before_norms(graph)
+            make_weights_again(graph)
 
         def uuid(self) -> bytes:
-            return get_hash_for_files((__file__,))
+            return get_hash_for_files((__file__, _norms.__file__))
 
-    return MakeWeightsAgain()
+    return OnBothPasses()
+
+
+def make_weights_again(graph: fx.Graph) -> None:
+    """Marks what is made of codes, up to the product that reads it."""
+    made_of_codes: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if getattr(node.meta.get("val"), "dtype", None) in CODES:
+                made_of_codes.add(node)
+        elif node.op == "call_function" and _goes_on(node, made_of_codes):
+            made_of_codes.add(node)
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
 def _goes_on(node: fx.Node, made_of_codes: set[fx.Node]) -> bool:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from models import finetunes, llama
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import finetuna_func as ft
 from finetuna_func import _kept
+from finetuna_func._kept import make_weights_again
+from finetuna_func._norms import form_before_norms
 
 IDS = torch.tensor([[1, 5, 9]])
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on the CPU")
@@ -48,26 +50,33 @@ def test_weights_are_made_again_from_their_codes(scheme: str, monkeypatch: pytes
     of_codes, of_floats = kept(scheme=scheme), kept(modules_not_to_quantize=".*")
     assert of_codes <= of_floats + 0.1 * of_blocks
 
-    class Nothing:  # without the pass
-        def __call__(self, graph: Any) -> None: ...
-
-        def uuid(self) -> None: ...
-
-    monkeypatch.setattr(_kept, "_make_weights_again", Nothing)
-    torch._dynamo.reset()
+    only(monkeypatch, form_before_norms)
     assert kept(scheme=scheme) >= of_codes + 0.5 * of_blocks
 
 
-def test_what_norms_put_out_is_made_again(monkeypatch: pytest.MonkeyPatch):
-    """Two norms a block, whose outputs only gradients of adapters read: a token as wide as the model."""
+def test_what_norms_put_out_is_not_kept(monkeypatch: pytest.MonkeyPatch):
+    """Two norms a block, whose outputs only gradients of adapters would read: a token as wide as the model."""
     model = llama(hidden_size=64, intermediate_size=64)
     base, other = ft.quantize_base_model(model), ft.quantize_base_model(model)
     tuned = finetunes(base, 1, adapt_layers={"q_proj", "gate_proj", "up_proj"}, plain_layers=set())[0]
     ids, layers = torch.arange(32).view(2, 16), model.config.num_hidden_layers
     without = kept_bytes(base, tuned, ids)
-    monkeypatch.setattr(_kept, "functorch_config", SimpleNamespace(patch=lambda settings: lambda run: run))
-    torch._dynamo.reset()
+    only(monkeypatch, make_weights_again)
     assert kept_bytes(other, tuned, ids) >= without + 2 * layers * ids.numel() * 64 * 4
+
+
+def only(monkeypatch: pytest.MonkeyPatch, change: Callable[[fx.Graph], None]) -> None:
+    """Compiles blocks anew, with one of the changes to their graphs."""
+
+    class Own:
+        def __call__(self, graph: fx.Graph) -> None:
+            change(graph)
+
+        def uuid(self) -> None:  # nothing is taken from the compiler's cache
+            ...
+
+    monkeypatch.setattr(_kept, "_on_both_passes", Own)
+    torch._dynamo.reset()
 
 
 def test_what_is_marked():
@@ -76,7 +85,7 @@ def test_what_is_marked():
         return torch.sin(x @ weight) + torch.cos(codes[ids].float() @ x.mT)
 
     graph = make_fx(block)(torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 1), torch.tensor([1, 0]), torch.ones(2, 2))
-    _kept._make_weights_again()(graph.graph)
+    make_weights_again(graph.graph)
     marked = [node.target for node in graph.graph.nodes if "recompute" in node.meta]
     aten = torch.ops.aten
     assert marked == [aten._to_copy.default, aten.mul.Tensor]
