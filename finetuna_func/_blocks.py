@@ -210,18 +210,19 @@ def compiled(module: nn.Module, function: Callable[..., Any], *, remat: bool = F
 
     Args:
         module: The module.
-        function: Always the same one for a module.
+        function: A function of this library.
         remat: Whether to compute everything again in the backward pass. The compiler does better than `remat`: it
             leaves out what the derivative does not need, and makes one graph, where a forward pass without gradients
             and a recomputation with them are two.
     """
-    kept: dict[bool, Callable[..., Any]] = vars(module).setdefault("_ft_compiled", {})
-    if remat not in kept:
+    kept: dict[Any, Callable[..., Any]] = vars(module).setdefault("_ft_compiled", {})
+    key = function, remat
+    if key not in kept:
         assert isinstance(function, types.FunctionType)
         # A code object of its own: recompilations are counted by it, over all who share it, and end at eight.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        kept[remat] = compile_block(own, remat=remat)
-    return kept[remat]
+        kept[key] = compile_block(own, remat=remat)
+    return kept[key]
 
 
 def _exchange(module: nn.Module, settings: Mapping[tuple[str, str], Any]) -> dict[tuple[str, str], Any]:

@@ -7,6 +7,7 @@ tokens at a time, computed again in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from finetuna_func._fold import fold
 from finetuna_func._functional import Blocks, bind, check_blocks, check_types, is_stack, keys_of_stack, run, run_stacked
 from finetuna_func._layers import Call
 from finetuna_func._remat import remat as rematerialized
-from finetuna_func._sums import sum_of_pieces
+from finetuna_func._sums import gradients_of, sum_of_pieces
 from finetuna_func._swap import call_on
 from finetuna_func._types import Base, Finetuned, Params
 
@@ -136,34 +137,69 @@ def _losses_in_pieces(
     with base.skeleton.calling() as (module, call):
         pass  # this thread's, which the backward pass uses as well, in whatever thread it runs
 
-    def piece(leaves: dict[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    def within_call(run: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
         rows = hidden.flatten(0, -2).unsqueeze(1)  # a row each, of one token
         before = call.begin(stack=n, rows=rows.shape[0], inputs=((1,),), part="head", body_output=kind)
         try:
-            run = compiled(module, _head_losses) if compile and can_compile() else _head_losses
-            return run(module, call, leaves, rows, targets, ignore_index)
+            return run(module, call, rows, *args, ignore_index)
         finally:
             call.restore(before)
+
+    def piece(leaves: dict[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+        run = compiled(module, _head_losses) if compile and can_compile() else _head_losses
+        return within_call(run, hidden, leaves, targets)
+
+    def gradients(
+        constants: dict[str, Tensor], leaves: dict[str, Tensor], hidden: Tensor, targets: Tensor, of_hidden: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        if not (compile and can_compile()):
+            return gradients_of(piece, constants, leaves, hidden, targets, of_hidden)
+        run = compiled(module, _head_gradients)
+        sums, d_leaves, d_rows = within_call(run, hidden, constants, leaves, targets, of_hidden)
+        return sums, d_leaves, None if d_rows is None else d_rows.view(hidden.shape)
 
     # Eager, logits are there in fp32; compiled, in the model's dtype alone.
     of_logit = hidden.element_size() if compile and can_compile() else 4
     size = _piece_size(base, of_head, targets, n, chunk_tokens, of_logit)
     hidden, listed = hidden.flatten(-3, -2), targets.flatten(-2)
     if summed:
-        return sum_of_pieces(piece, of_head, hidden, listed, size, n)
+        return sum_of_pieces(piece, of_head, hidden, listed, size, n, gradients)
     pieces = zip(hidden.split(size, dim=-2), listed.split(size, dim=-1), strict=True)
     losses = [rematerialized(piece)(of_head, own, own_targets) for own, own_targets in pieces]
     return torch.cat(losses, dim=-1).reshape(targets.shape)
 
 
 def _head_losses(
-    module: nn.Module, call: Call, leaves: dict[str, Tensor], rows: Tensor, targets: Tensor, ignore_index: int
+    module: nn.Module, call: Call, rows: Tensor, leaves: dict[str, Tensor], targets: Tensor, ignore_index: int
 ) -> Tensor:
     call.rows = rows.shape[0]  # as it was; but the compiler takes a shape for a symbol, not an attribute
-    call.body_output = with_hidden_states(call.body_output, rows)
+    kind = call.body_output
+    call.body_output = with_hidden_states(kind, rows)
     ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)  # nobody looks at them
     logits = _logits(call_on(module, leaves, (), {"input_ids": ids}))
+    call.body_output = kind  # or, compiled, a tensor of a derivative that is over would be there
     return _cross_entropy(logits, targets, ignore_index)
+
+
+def _head_gradients(
+    module: nn.Module,
+    call: Call,
+    rows: Tensor,
+    constants: dict[str, Tensor],
+    leaves: dict[str, Tensor],
+    targets: Tensor,
+    of_hidden: bool,
+    ignore_index: int,
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """What `gradients_of` returns, as one graph: weights are dequantized once, logits are read once more."""
+
+    def summed(leaves: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+        sums = _head_losses(module, call, rows, constants | leaves, targets, ignore_index).sum(-1)
+        return sums.sum(), sums
+
+    argnums = tuple(i for i, wanted in enumerate((leaves, of_hidden)) if wanted)
+    found, (_, sums) = torch.func.grad_and_value(summed, argnums=argnums, has_aux=True)(leaves, rows)
+    return sums, found[0] if leaves else {}, found[-1] if of_hidden else None
 
 
 def _piece_size(

@@ -8,6 +8,7 @@ cotangent is that for 1, scaled: it can be formed at once. (So do fused cross-en
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,10 +19,19 @@ from finetuna_func._levels import inside_transform, is_one_of_many
 from finetuna_func._remat import remat
 
 Piece = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
+Gradients = Callable[
+    [dict[str, Tensor], dict[str, Tensor], Tensor, Tensor, bool], tuple[Tensor, dict[str, Tensor], Any]
+]
 
 
 def sum_of_pieces(
-    piece: Piece, leaves: Mapping[str, Tensor], hidden: Tensor, targets: Tensor, size: int, n: int | None
+    piece: Piece,
+    leaves: Mapping[str, Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    size: int,
+    n: int | None,
+    gradients: Gradients | None = None,
 ) -> Tensor:
     """Returns the sums of losses, ``()``, or ``(N,)`` of a stack.
 
@@ -36,6 +46,7 @@ def sum_of_pieces(
         targets: ``(tokens,)``, or ``(N, tokens)``.
         size: Tokens of one finetune in a piece.
         n: Of a stack, how many finetunes.
+        gradients: Another way to what `gradients_of` returns of the piece.
     """
     leaves = dict(leaves)
     names = [name for name, leaf in leaves.items() if leaf.requires_grad]
@@ -44,7 +55,27 @@ def sum_of_pieces(
     if not recorded or not apart or inside_transform() or torch.compiler.is_compiling():
         return _rematerialized(piece, leaves, hidden, targets, size)
     constants = {name: leaf for name, leaf in leaves.items() if name not in names}
-    return _WithGradients.apply(piece, constants, names, targets, size, hidden, *(leaves[name] for name in names))
+    gradients = gradients or functools.partial(gradients_of, piece)
+    own = (leaves[name] for name in names)
+    return _WithGradients.apply(piece, gradients, constants, names, targets, size, hidden, *own)
+
+
+def gradients_of(
+    piece: Piece,
+    constants: dict[str, Tensor],
+    leaves: dict[str, Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    of_hidden: bool,
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """Returns the sums of a piece, and the gradients of their sum for leaves and hidden states (or None), detached."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    hidden = hidden.detach().requires_grad_(of_hidden)
+    with torch.enable_grad():
+        sums = piece(constants | leaves, hidden, targets).sum(-1)
+        inputs = [*leaves.values(), *([hidden] if of_hidden else [])]
+        found = torch.autograd.grad(sums.sum(), inputs, allow_unused=True, materialize_grads=True)
+    return sums.detach(), dict(zip(leaves, found, strict=False)), found[-1] if of_hidden else None
 
 
 def _rematerialized(piece: Piece, leaves: dict[str, Tensor], hidden: Tensor, targets: Tensor, size: int) -> Tensor:
@@ -59,6 +90,7 @@ class _WithGradients(torch.autograd.Function):
     def forward(
         ctx: Any,
         piece: Piece,
+        gradients: Gradients,
         constants: dict[str, Tensor],
         names: list[str],
         targets: Tensor,
@@ -66,31 +98,26 @@ class _WithGradients(torch.autograd.Function):
         hidden: Tensor,
         *leaves: Tensor,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[5:]
-        fresh = [leaf.detach().requires_grad_(need) for leaf, need in zip(leaves, needed[1:], strict=True)]
-        bound = constants | dict(zip(names, fresh, strict=True))
-        d_hidden = torch.empty_like(hidden) if needed[0] else None
-        d_leaves: list[Tensor] = []
+        of_hidden = ctx.needs_input_grad[6]
+        own = dict(zip(names, leaves, strict=True))
+        d_hidden = torch.empty_like(hidden) if of_hidden else None
+        d_leaves: dict[str, Tensor] = {}
         total: Any = 0
         for start in range(0, targets.shape[-1], size):
-            own_targets = targets[..., start : start + size]
-            own = hidden[..., start : start + size, :].detach().requires_grad_(needed[0])
-            with torch.enable_grad():
-                sums = piece(bound, own, own_targets).sum(-1)
-                inputs = [t for t in (own, *fresh) if t.requires_grad]
-                found = list(torch.autograd.grad(sums.sum(), inputs, allow_unused=True, materialize_grads=True))
+            place = slice(start, start + size)
+            sums, found, d_own = gradients(constants, own, hidden[..., place, :], targets[..., place], of_hidden)
             if d_hidden is not None:
-                d_hidden[..., start : start + size, :] = found.pop(0)
-            d_leaves = [a.add_(b) for a, b in zip(d_leaves, found, strict=True)] if d_leaves else found
-            total = total + sums.detach()
+                d_hidden[..., place, :] = d_own
+            d_leaves = {name: d_leaves[name].add_(found[name]) for name in names} if d_leaves else found
+            total = total + sums
         ctx.again = (piece, constants, names, targets, size)
         ctx.save_for_backward(hidden, *leaves)
-        ctx.formed = (d_hidden, d_leaves)
+        ctx.formed = (d_hidden, [d_leaves[name] for name in names])
         return total
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        (cotangent,), needed = cotangents, ctx.needs_input_grad[5:]
+        (cotangent,), needed = cotangents, ctx.needs_input_grad[6:]
         if torch.is_grad_enabled():  # it is differentiated again
             piece, constants, names, targets, size = ctx.again
             hidden, *leaves = ctx.saved_tensors
@@ -101,7 +128,7 @@ class _WithGradients(torch.autograd.Function):
             d_hidden, d_leaves = ctx.formed
             formed = [*([] if d_hidden is None else [d_hidden]), *d_leaves]
             found = iter([_scaled(grad, cotangent) for grad in formed])
-        return (*([None] * 5), *(next(found) if need else None for need in needed))
+        return (*([None] * 6), *(next(found) if need else None for need in needed))
 
 
 def _scaled(grad: Tensor, cotangent: Tensor) -> Tensor:

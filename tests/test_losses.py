@@ -23,6 +23,7 @@ from torch.autograd.gradcheck import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 
 import finetuna_func as ft
+from finetuna_func import _losses
 
 FP32, EXACT = 1e-5, 1e-12
 N, B, T = 3, 2, 7
@@ -433,8 +434,6 @@ def test_logits_never_exist_as_a_whole(head: str, route: str):
 
 def test_the_size_of_a_piece_by_default(base: ft.Base, monkeypatch: pytest.MonkeyPatch):
     """As many tokens as have 256 MiB of fp32 logits (32 on a CPU), but 128 at least."""
-    from finetuna_func import _losses
-
     for device, nbytes in (("cuda", 2**28), ("meta", 2**28), ("cpu", 2**25)):
         where = torch.device(device)
         assert _losses.piece_tokens(32_000, None, where) == nbytes // 128_000
@@ -444,9 +443,9 @@ def test_the_size_of_a_piece_by_default(base: ft.Base, monkeypatch: pytest.Monke
     seen: list[int] = []
     original = _losses._head_losses
 
-    def noting(module: Any, call: Any, leaves: Any, rows: Tensor, *rest: Any) -> Tensor:
+    def noting(module: Any, call: Any, rows: Tensor, *rest: Any) -> Tensor:
         seen.append(rows.shape[0])
-        return original(module, call, leaves, rows, *rest)
+        return original(module, call, rows, *rest)
 
     monkeypatch.setattr(_losses, "_head_losses", noting)
     stacked = ft.stack(finetunes(base, N))
@@ -472,6 +471,30 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch):
         expected = gradients(whole, base, stacked, ids[..., :length])
         assert_gradients(found, expected, FP32, unlike=gradients(whole, base, stacked, ids[..., -length:]))
     torch.compiler.reset()
+
+
+def test_a_compiled_head_is_one_graph_with_its_gradients(monkeypatch: pytest.MonkeyPatch):
+    base, asked = ft.quantize_base_model(SmallLm()), []
+
+    def noted(module: torch.nn.Module, function: Any, *, remat: bool = False) -> Any:
+        asked.append(function.__name__)
+        return function
+
+    monkeypatch.setattr(_losses, "compiled", noted)
+    stacked = ft.stack(finetunes(base, N))
+    ids = torch.arange(N * B * 8).view(N, B, 8) % 32
+    options = {"chunk_tokens": 24, "compile": "blocks"}
+    found = gradients(ft.causal_lm_loss, base, stacked, ids, **options)
+    assert set(asked) == {"_head_gradients"}
+    expected = gradients(whole, base, stacked, ids)
+    assert_gradients(found, expected, FP32, unlike=gradients(whole, base, stacked, (ids + 1) % 32))
+    asked.clear()
+    with torch.no_grad():
+        ft.causal_lm_loss(base, stacked, ids, **options)
+    assert set(asked) == {"_head_losses"}
+    asked.clear()
+    gradients(ft.causal_lm_loss, base, stacked, ids, chunk_tokens=24)
+    assert not asked
 
 
 # --- errors
