@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetuna_func._levels import inside_transform
 from finetuna_func._types import Params
 
 _SMALLEST, _LARGEST = 1e-30, 3e38  # what a float32 scale times 127 holds with full precision
@@ -110,7 +111,10 @@ class Int8:
         codes, scale = leaves
         wide = _at_least_float32(dtype)
         # F.embedding rather than indexing: a negative id is an error, not a row from the end
-        return (F.embedding(ids, codes).to(wide) * F.embedding(ids, scale.to(wide).unsqueeze(-1))).to(dtype)
+        found, scales = F.embedding(ids, codes), F.embedding(ids, scale.to(wide).unsqueeze(-1))
+        if inside_transform() or torch.compiler.is_compiling():  # a map takes no `out`, and a compiler finds it itself
+            return (found.to(wide) * scales).to(dtype)
+        return torch.mul(found, scales, out=torch.empty_like(found, dtype=dtype))  # one pass, without temporaries
 
     def matmul(self, x: Tensor, *leaves: Tensor) -> Tensor:
         codes, scale = leaves
