@@ -16,11 +16,14 @@ Only first derivatives in reverse mode, all that a compiled block has.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_FEW = 16  # parts
 
 
 def adapted_products(
@@ -137,7 +140,7 @@ def contracted(dy: Tensor, first: int, low: Tensor, at: int, b: Tensor, use_kern
 
         rows, lows = dy.reshape(-1, dy.shape[-1]).contiguous(), low.reshape(-1, low.shape[-1]).contiguous()
         d_low, d_b = contract(rows, lows, b.contiguous(), first, at)
-        return d_low.sum(0).to(dy.dtype).view(*dy.shape[:-1], rank), d_b.sum(1).to(dy.dtype)
+        return _sum(d_low, 0).to(dy.dtype).view(*dy.shape[:-1], rank), _sum(d_b, 1).to(dy.dtype)
     own, low = dy[..., first : first + width], low[..., at : at + rank]
     return by_rows(own, n, b).view(*dy.shape[:-1], rank), summed(own, low, n)
 
@@ -156,6 +159,14 @@ def by_rows(x: Tensor, n: int, factors: Tensor) -> Tensor:
 def summed(x: Tensor, y: Tensor, n: int) -> Tensor:
     """``x.T @ y`` over the rows of each finetune, ``(N, width of x, width of y)``."""
     return torch.bmm(x.reshape(n, -1, x.shape[-1]).mT, y.reshape(n, -1, y.shape[-1]))
+
+
+def _sum(parts: Tensor, dim: int) -> Tensor:
+    """The sum of parts; of a few one by one, which the compiler makes part of what is next, and not a reduction."""
+    count = parts.shape[dim]
+    if isinstance(count, int) and count <= _FEW:
+        return functools.reduce(torch.add, parts.unbind(dim))
+    return parts.sum(dim)
 
 
 def _firsts(widths: Sequence[int]) -> list[int]:
