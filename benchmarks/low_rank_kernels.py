@@ -1,10 +1,10 @@
 """How long do the kernels of adapters' products take by themselves, against torch's batched products?
 
 In bfloat16 on one GPU, for layers of each width: `expand`, ``low @ B^T`` (many columns from few), against one `bmm`,
-and `contract`, ``dy @ B`` and ``dy^T low`` (both cotangents), against two. The kernel's sums over parts are counted,
-under torch.compile, as a compiled block has them. "Bytes" is the time in which as many bytes are copied as a product
-reads and writes, parts of sums left out. Times are medians, from CUDA events, with nothing in the L2 cache; results are
-compared with those in float32, and one that is off by more than 2**-6 ends the program.
+and `contract`, ``dy @ B`` and ``dy^T low`` (both cotangents), against two. All are compiled as a block is, and the
+kernel's sums over parts are counted. "Bytes" is the time in which as many bytes are copied as a product reads and
+writes, parts of sums left out. Times are medians, from CUDA events, with nothing in the L2 cache; results are compared
+with those in float32, and one that is off by more than 2**-6 ends the program.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gated_kernels import TOLERANCE, copy_rate, number_from, timed, what_lacks
 from torch import Tensor
 
 from finetuna_func import kernels
+from finetuna_func._kept import compile_block
 from finetuna_func._products import contracted, expanded
 
 LINE = "{:>6s}  {:9s}  {:>10s}  {:>10s}  {:>12s}  {:>8s}"
@@ -51,7 +52,8 @@ def measured(adapters: int, rows: int, width: int, rank: int, rate: float, repea
         seconds = (sum(leaf.nbytes for leaf in given) + sum(leaf.nbytes // 2 for leaf in exact)) / rate
         times = []
         for use_kernels in (False, True):
-            run = torch.compile(product(use_kernels), fullgraph=True, dynamic=False)
+            torch.compiler.reset()  # or the next width would be compiled for all widths
+            run = compile_block(product(use_kernels), remat=False)
             checked(run, given, exact)
             times.append(timed(lambda run=run, given=given: run(*given), repeats))
         cells = (f"{time * 1e6:.1f}" for time in (seconds, *times))
