@@ -108,6 +108,7 @@ class _WithGradients(torch.autograd.Function):
             sums, found, d_own = gradients(constants, own, hidden[..., place, :], targets[..., place], of_hidden)
             if d_hidden is not None:
                 d_hidden[..., place, :] = d_own
+                del d_own  # before the next piece
             d_leaves = {name: d_leaves[name].add_(found[name]) for name in names} if d_leaves else found
             total = total + sums
         ctx.again = (piece, constants, names, targets, size)
