@@ -154,8 +154,8 @@ def _losses_in_pieces(
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         if not (compile and can_compile()):
             return gradients_of(piece, constants, leaves, hidden, targets, of_hidden)
-        run = compiled(module, _head_gradients)
-        sums, d_leaves, d_rows = within_call(run, hidden, constants, leaves, targets, of_hidden)
+        run, leaves = compiled(module, _head_gradients), {name: leaf.detach() for name, leaf in leaves.items()}
+        sums, d_leaves, d_rows = within_call(run, hidden.detach(), constants, leaves, targets, of_hidden)
         return sums, d_leaves, None if d_rows is None else d_rows.view(hidden.shape)
 
     # Eager, logits are there in fp32; compiled, in the model's dtype alone.
