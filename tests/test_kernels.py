@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,3 +86,64 @@ def test_products_of_adapters_on_a_gpu(rows: int, width: int, rank: int):
         assert own.shape == other.shape and own.dtype == torch.bfloat16
         error = float((own.double() - other).norm() / other.norm())
         assert 0 < error < 2e-3
+
+
+SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448, 120: 101376}
+"""What a block of threads may have of shared memory, by compute capability (CUDA C++ Programming Guide, 5.1)."""
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, rank: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The kernels, what they are given, and how they are launched, for products of a rank."""
+    from finetuna_func.kernels import gated, low_rank
+
+    found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    class Noted:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: found.append((self.kernel, args, options))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    n, rows, width = 2, 256, 1024
+    low, b, a = draw(n * rows, rank), draw(n, width, rank), draw(n, rank, width)
+    of_both, wide = draw(n * rows, 2 * rank), draw(n * rows, width)
+    gu = draw(n * rows, 2 * width)
+    for module in (gated, low_rank):
+        monkeypatch.setattr(module, "wrap_triton", Noted)
+    gated.gated._init_fn(gu, of_both, b, b, a, False)
+    gated.gated_backward._init_fn(gu, of_both, b, b, a, wide, low, False)
+    low_rank.expand._init_fn(low, b, 0, False)
+    low_rank.expand._init_fn(draw(n * rows, 3 * rank), draw(n, 3 * rank, width), 0, True)
+    low_rank.contract._init_fn(wide, low, b, 0, 0)
+    return found
+
+
+@pytest.mark.skipif(triton_version() < (3, 9), reason="needs Triton")
+@pytest.mark.parametrize(("capability", "rank"), [(80, 64), (86, 16), (86, 64), (90, 16), (90, 64), (120, 64)])
+def test_kernels_compile_for_a_kind_of_gpu(capability: int, rank: int, monkeypatch: pytest.MonkeyPatch):
+    """Without one: Triton brings the assembler. Large tiles do not fit into the shared memory of smaller GPUs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    for kernel, args, options in launches(monkeypatch, rank):
+        how = {name: value for name, value in options.items() if name.startswith("num_")}
+        constants = {name: value for name, value in options.items() if name not in how}
+        signature = {
+            name: names[value.dtype] if isinstance(value, Tensor) else "i32"
+            for name, value in zip(kernel.arg_names, args, strict=False)
+        }
+        divisible = [i for i, value in enumerate(args) if isinstance(value, Tensor) or (value % 16 == 0 and value > 0)]
+        source = ASTSource(
+            fn=kernel,
+            signature={**signature, **dict.fromkeys(constants, "constexpr")},
+            constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+            attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
+        assert 0 < compiled.metadata.shared <= SHARED_BYTES[capability], kernel
