@@ -17,7 +17,6 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import CheckpointPolicy
 
 from finetuna_func import _norms
-from finetuna_func._norms import form_before_norms
 
 CODES = (torch.int8, torch.uint8)
 
@@ -42,7 +41,7 @@ def _on_both_passes() -> Any:
 
     class OnBothPasses(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            form_before_norms(graph)
+            _norms.form_before_norms(graph)
             make_weights_again(graph)
 
         def uuid(self) -> bytes:

@@ -1,7 +1,7 @@
 """Kernels of adapters' products in Triton's interpreter, on the CPU.
 
-`test_kernels` runs this file with TRITON_INTERPRET=1. In float16, since the
-interpreter multiplies the bits of bfloat16 as integers; `test_kernels` checks bfloat16 on a GPU.
+`test_kernels` runs this file with TRITON_INTERPRET=1. In float16, since the interpreter multiplies the bits of bfloat16
+as integers; `test_kernels` checks bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_contracted(n: int, rows: int, width: int, rank: int, lead: int):
     others = contracted(dy.double(), 5, low.double(), 3, 2 * b.double(), False)[0], exact[1].roll(1, -1)
     for own, other, wrong in zip(found, exact, others, strict=True):
         assert error(own, other) < RTOL
-        assert rank == 1 or error(own, wrong) > 0.1
+        assert error(own, wrong) > 0.1
     again = contracted(dy, 5, low, 3, b, True)
     assert all(torch.equal(own, other) for own, other in zip(found, again, strict=True))
 
