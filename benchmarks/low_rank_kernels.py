@@ -1,10 +1,11 @@
 """How long do the kernels of adapters' products take by themselves, against torch's batched products?
 
-In bfloat16 on one GPU, for layers of each width: `expand`, ``low @ B^T`` (many columns from few), against one `bmm`,
-and `contract`, ``dy @ B`` and ``dy^T low`` (both cotangents), against two. All are compiled as a block is, and the
-kernel's sums over parts are counted. "Bytes" is the time in which as many bytes are copied as a product reads and
-writes, parts of sums left out. Times are medians, from CUDA events, with nothing in the L2 cache; results are compared
-with those in float32, and one that is off by more than 2**-6 ends the program.
+In bfloat16 on one GPU, for square layers of each width: `added`, ``x @ W + low @ B^T``, where a kernel forms the second
+product and the first is added to it in place, against two products and a sum; and `contract`, ``dy @ B`` and ``dy^T
+low`` (both cotangents), from one reading of dy, against two products. All are compiled as a block is, and the kernel's
+sums over parts are counted. "Least" is the time of ``x @ W`` alone for the former, and for the latter that in which as
+many bytes are copied as it reads and writes, parts of sums left out. Times are medians, from CUDA events, with nothing in
+the L2 cache; results are compared with those in float32, and one that is off by more than 2**-6 ends the program.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from finetuna_func import kernels
 from finetuna_func._kept import compile_block
-from finetuna_func._products import contracted, expanded
+from finetuna_func._products import added, contracted
 
 LINE = "{:>6s}  {:9s}  {:>10s}  {:>10s}  {:>12s}  {:>8s}"
-HEADER = LINE.format("width", "product", "bytes, us", "torch, us", "kernel, us", "ratio")
+HEADER = LINE.format("width", "product", "least, us", "torch, us", "kernel, us", "ratio")
 
 
 def checked(run: Callable[..., tuple[Tensor, ...]], given: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
@@ -39,24 +40,27 @@ def measured(adapters: int, rows: int, width: int, rank: int, rate: float, repea
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cuda").bfloat16()
 
-    dy, low, b = draw(adapters * rows, width), draw(adapters * rows, rank), draw(adapters, width, rank)
+    x, low, b = draw(adapters * rows, width), draw(adapters * rows, rank), draw(adapters, width, rank)
+    weight = draw(width, width) / width**0.5
 
-    def expand(use_kernels: bool) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda low, b: (expanded(low, 0, b, use_kernels),)
+    def both(use_kernels: bool) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda x, weight, low, b: (added(x, weight.mT, low, [b], use_kernels),)
 
     def contract(use_kernels: bool) -> Callable[..., tuple[Tensor, ...]]:
         return lambda dy, low, b: contracted(dy, 0, low, 0, b, use_kernels)
 
-    for name, product, given in (("expand", expand, (low, b)), ("contract", contract, (dy, low, b))):
+    for name, product, given in (("added", both, (x, weight, low, b)), ("contract", contract, (x, low, b))):
         exact = product(False)(*(leaf.float() for leaf in given))
-        seconds = (sum(leaf.nbytes for leaf in given) + sum(leaf.nbytes // 2 for leaf in exact)) / rate
+        least = (sum(leaf.nbytes for leaf in given) + sum(leaf.nbytes // 2 for leaf in exact)) / rate
+        if product is both:
+            least = timed(lambda: x @ weight.mT, repeats)
         times = []
         for use_kernels in (False, True):
             torch.compiler.reset()  # or the next width would be compiled for all widths
             run = compile_block(product(use_kernels), remat=False)
             checked(run, given, exact)
             times.append(timed(lambda run=run, given=given: run(*given), repeats))
-        cells = (f"{time * 1e6:.1f}" for time in (seconds, *times))
+        cells = (f"{time * 1e6:.1f}" for time in (least, *times))
         print(LINE.format(str(width), name, *cells, f"{times[1] / times[0]:.2f}"), flush=True)
 
 

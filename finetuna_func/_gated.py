@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from finetuna_func import kernels
 from finetuna_func._layers import Call, divided_by_rows, fused_parts, has_hooks, is_plain_linear
 from finetuna_func._ops import compute_dtype
-from finetuna_func._products import by_rows, contracted, expanded, summed
+from finetuna_func._products import added, by_rows, contracted, summed
 
 _CHILDREN = ("gate_proj", "up_proj", "down_proj")
 _ACTIVATIONS = {  # whether it is GELU, in its tanh form
@@ -155,8 +155,7 @@ class _GatedMlp(torch.autograd.Function):
         low = by_rows(x, n, a.mT)
         gu = x.reshape(-1, x.shape[-1]) @ weight.mT
         h, low_h = _between(gu, low.reshape(-1, low.shape[-1]), b_g, b_u, a_d, gelu, use_kernels)
-        shape = (*x.shape[:-1], down.shape[0])
-        y = (h @ down.mT).view(shape) + expanded(low_h, 0, b_d, use_kernels).view(shape)
+        y = added(h.view(*x.shape[:-1], h.shape[-1]), down.mT, low_h, [b_d], use_kernels)
         ctx.save_for_backward(x, a, b_g, b_u, a_d, b_d, weight, down, low, gu, low_h)
         ctx.how = gelu, use_kernels
         return y
@@ -171,8 +170,8 @@ class _GatedMlp(torch.autograd.Function):
         low_rows = low.reshape(-1, low.shape[-1])
         d_gu, d_low, d_bg, d_bu, d_ad = _between_backward(gu, low_rows, b_g, b_u, a_d, d_h, d_low_h, *ctx.how)
         d_x = None
-        if ctx.needs_input_grad[0]:  # of as many axes as x, or the compiler takes the sum for an `addmm`, which copies
-            d_x = (d_gu @ weight).view(x.shape) + expanded(d_low, 0, a, ctx.how[1], upright=True).view(x.shape)
+        if ctx.needs_input_grad[0]:
+            d_x = added(d_gu.view(*x.shape[:-1], -1), weight, d_low, [a], ctx.how[1], upright=True)
         return d_x, summed(d_low, x, n), d_bg, d_bu, d_ad, d_bd, None, None, None, None
 
 

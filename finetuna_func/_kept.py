@@ -51,20 +51,41 @@ def _on_both_passes() -> Any:
 
 
 def make_weights_again(graph: fx.Graph) -> None:
-    """Marks what is made of codes, up to the product that reads it."""
+    """Marks what is made of codes, up to the product that reads it, and makes once what is made again alike.
+
+    (Pieces of a head each dequantize it, for instance, and the compiler looks for repetitions in training alone.)
+    """
     made_of_codes: set[fx.Node] = set()
-    for node in graph.nodes:
+    firsts: dict[Any, fx.Node] = {}
+    alike: dict[fx.Node, fx.Node] = {}  # for each node, the first that computes the same
+    for node in list(graph.nodes):
         if node.op == "placeholder":
             if getattr(node.meta.get("val"), "dtype", None) in CODES:
                 made_of_codes.add(node)
-        elif node.op == "call_function" and _goes_on(node, made_of_codes):
-            made_of_codes.add(node)
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        elif node.op == "call_function":
+            made = node.target, *(str(fx.map_arg(own, lambda of: alike.get(of, of))) for own in (node.args, node.kwargs))
+            alike[node] = firsts.setdefault(made, node) if _is_determined(node) else node
+            if not _goes_on(node, made_of_codes):
+                continue
+            if alike[node] is not node:
+                node.replace_all_uses_with(alike[node])
+                graph.erase_node(node)
+            else:
+                made_of_codes.add(node)
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+
+def _is_determined(node: fx.Node) -> bool:
+    """Whether a result depends on the arguments alone."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _goes_on(node: fx.Node, made_of_codes: set[fx.Node]) -> bool:
     """Whether a result is still made of codes: not that of a product, nor rows that are looked up among them."""
     if node.target in _PRODUCTS or (node.target in _LOOKUPS and node.args[0] in made_of_codes):
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):  # a product into a place
         return False
     return any(own in made_of_codes for own in node.all_input_nodes)
 

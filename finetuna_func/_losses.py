@@ -14,18 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetuna_func import kernels
 from finetuna_func._blocks import can_compile, compiled
 from finetuna_func._body import with_hidden_states
 from finetuna_func._fold import fold
 from finetuna_func._functional import Blocks, bind, check_blocks, check_types, is_stack, keys_of_stack, run, run_stacked
 from finetuna_func._layers import Call
 from finetuna_func._remat import remat as rematerialized
-from finetuna_func._sums import gradients_of, sum_of_pieces
+from finetuna_func._sums import sum_of_pieces
 from finetuna_func._swap import call_on
 from finetuna_func._types import Base, Finetuned, Params
 
 _PIECE_BYTES = 2**28  # of logits; large enough to keep a GPU busy
 _PIECE_BYTES_CPU = 2**25  # larger tensors get memory from the system each time, and touching it anew takes longer
+_AT_ONCE = 4  # pieces in a compiled graph, which dequantizes the head's weight once for all of them
 
 
 def causal_lm_loss(
@@ -62,7 +64,7 @@ def causal_lm_loss(
         reduction: ``"mean"`` over the tokens that count (0 if there are none), ``"sum"``, or ``"none"`` for
             ``(..., B, T - 1)``.
         chunk_tokens: Tokens whose logits exist at a time, over all finetunes; by default as many as have 256 MiB
-            (on a CPU 32) of them, in fp32 or, compiled, in the model's dtype, but 128 at least.
+            (on a CPU 32) of them in fp32, but 128 at least.
         train: As for `apply`.
         rng: As for `apply` and `apply_stacked`.
         remat: As for `apply`.
@@ -137,11 +139,10 @@ def _losses_in_pieces(
     with base.skeleton.calling() as (module, call):
         pass  # this thread's, which the backward pass uses as well, in whatever thread it runs
 
-    def within_call(run: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
-        rows = hidden.flatten(0, -2).unsqueeze(1)  # a row each, of one token
-        before = call.begin(stack=n, rows=rows.shape[0], inputs=((1,),), part="head", body_output=kind)
+    def within_call(run: Callable[..., Any], *args: Any) -> Any:
+        before = call.begin(stack=n, rows=0, inputs=((1,),), part="head", body_output=kind)  # rows: see `_head_logits`
         try:
-            return run(module, call, rows, *args, ignore_index)
+            return run(module, call, *args, ignore_index)
         finally:
             call.restore(before)
 
@@ -149,78 +150,101 @@ def _losses_in_pieces(
         run = compiled(module, _head_losses) if compile and can_compile() else _head_losses
         return within_call(run, hidden, leaves, targets)
 
+    size = _piece_size(base, of_head, targets, n, chunk_tokens)
+
     def gradients(
         constants: dict[str, Tensor], leaves: dict[str, Tensor], hidden: Tensor, targets: Tensor, of_hidden: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        if not (compile and can_compile()):
-            return gradients_of(piece, constants, leaves, hidden, targets, of_hidden)
         run, leaves = compiled(module, _head_gradients), {name: leaf.detach() for name, leaf in leaves.items()}
-        sums, d_leaves, d_rows = within_call(run, hidden.detach(), constants, leaves, targets, of_hidden)
-        return sums, d_leaves, None if d_rows is None else d_rows.view(hidden.shape)
+        use_kernels = kernels.available(hidden.device)  # which the compiler cannot ask
+        sums, d_leaves, d_hidden = within_call(run, hidden.detach(), constants, leaves, targets, size, use_kernels)
+        return sums, d_leaves, d_hidden if of_hidden else None
 
-    # Eager, logits are there in fp32; compiled, in the model's dtype alone.
-    of_logit = hidden.element_size() if compile and can_compile() else 4
-    size = _piece_size(base, of_head, targets, n, chunk_tokens, of_logit)
     hidden, listed = hidden.flatten(-3, -2), targets.flatten(-2)
     if summed:
-        return sum_of_pieces(piece, of_head, hidden, listed, size, n, gradients)
+        at_once = _AT_ONCE if kernels.available(hidden.device) else 1
+        of_compiled = (gradients, at_once) if compile and can_compile() else ()
+        return sum_of_pieces(piece, of_head, hidden, listed, size, n, *of_compiled)
     pieces = zip(hidden.split(size, dim=-2), listed.split(size, dim=-1), strict=True)
     losses = [rematerialized(piece)(of_head, own, own_targets) for own, own_targets in pieces]
     return torch.cat(losses, dim=-1).reshape(targets.shape)
 
 
-def _head_losses(
-    module: nn.Module, call: Call, rows: Tensor, leaves: dict[str, Tensor], targets: Tensor, ignore_index: int
-) -> Tensor:
-    call.rows = rows.shape[0]  # as it was; but the compiler takes a shape for a symbol, not an attribute
+def _head_logits(module: nn.Module, call: Call, hidden: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+    """Logits ``(tokens, V)`` of hidden states ``(..., width)``, of each token by itself."""
+    rows = hidden.flatten(0, -2).unsqueeze(1)  # a row each, of one token
+    call.rows = rows.shape[0]
     kind = call.body_output
     call.body_output = with_hidden_states(kind, rows)
     ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)  # nobody looks at them
     logits = _logits(call_on(module, leaves, (), {"input_ids": ids}))
     call.body_output = kind  # or, compiled, a tensor of a derivative that is over would be there
-    return _cross_entropy(logits, targets, ignore_index)
+    return logits.flatten(0, -2)
+
+
+def _head_losses(
+    module: nn.Module, call: Call, hidden: Tensor, leaves: dict[str, Tensor], targets: Tensor, ignore_index: int
+) -> Tensor:
+    return _cross_entropy(_head_logits(module, call, hidden, leaves), targets, ignore_index)
 
 
 def _head_gradients(
     module: nn.Module,
     call: Call,
-    rows: Tensor,
+    hidden: Tensor,
     constants: dict[str, Tensor],
     leaves: dict[str, Tensor],
     targets: Tensor,
-    of_hidden: bool,
+    size: int,
+    use_kernels: bool,
     ignore_index: int,
-) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """What `gradients_of` returns, as one graph: weights are dequantized once, logits are read once more."""
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """What `gradients_of` returns of a few pieces, of ``size`` tokens each, as one graph."""
+    total, d_leaves, of_hidden = [], {}, []
+    for own, own_targets in zip(hidden.split(size, dim=-2), targets.split(size, dim=-1), strict=True):
 
-    def summed(leaves: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-        sums = _head_losses(module, call, rows, constants | leaves, targets, ignore_index).sum(-1)
-        return sums.sum(), sums
+        def logits_of(leaves: dict[str, Tensor], own: Tensor) -> Tensor:
+            return _head_logits(module, call, own, constants | leaves)
 
-    argnums = tuple(i for i, wanted in enumerate((leaves, of_hidden)) if wanted)
-    found, (_, sums) = torch.func.grad_and_value(summed, argnums=argnums, has_aux=True)(leaves, rows)
-    return sums, found[0] if leaves else {}, found[-1] if of_hidden else None
+        logits, pull = torch.func.vjp(logits_of, leaves, own)
+        losses, d_logits = _losses_and_gradients(logits, own_targets, ignore_index, use_kernels)
+        found, d_own = pull(d_logits)
+        d_leaves = {name: d_leaves[name] + found[name] for name in leaves} if d_leaves else found
+        total.append(losses.sum(-1))
+        of_hidden.append(d_own)
+    return torch.stack(total).sum(0), d_leaves, torch.cat(of_hidden, dim=-2)
 
 
-def _piece_size(
-    base: Base, of_head: Params, targets: Tensor, n: int | None, chunk_tokens: int | None, of_logit: int
-) -> int:
+def _losses_and_gradients(
+    logits: Tensor, targets: Tensor, ignore_index: int, use_kernels: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses like ``targets``, and what each is differentiated by with respect to its logits."""
+    if use_kernels and kernels.takes_logits(logits):
+        from finetuna_func.kernels.cross_entropy import cross_entropy_
+
+        logits = logits.clone()  # one that the compiler leaves out: nobody else reads them
+        return cross_entropy_(logits, targets.flatten(), ignore_index).view(targets.shape), logits
+    losses, pull = torch.func.vjp(lambda logits: _cross_entropy(logits, targets, ignore_index), logits)
+    return losses, pull(torch.ones_like(losses))[0]
+
+
+def _piece_size(base: Base, of_head: Params, targets: Tensor, n: int | None, chunk_tokens: int | None) -> int:
     """Tokens of one finetune in a piece. If one size fits, all pieces have it: a compiler makes code for each."""
     tokens = targets.shape[-2] * targets.shape[-1]
     if any(name.endswith("dropout_key") for name in of_head):
         return tokens  # a mask is drawn for all tokens together
     vocabulary = base.skeleton.shapes[f"{base.skeleton.head}.weight"][0]
-    most = max(1, piece_tokens(vocabulary, chunk_tokens, targets.device, of_logit) // (n or 1))
+    most = max(1, piece_tokens(vocabulary, chunk_tokens, targets.device) // (n or 1))
     fewest = -(-tokens // most)
     count = next((count for count in range(fewest, 2 * fewest) if tokens % count == 0), fewest)
     return -(-tokens // count)
 
 
-def piece_tokens(vocabulary: int, chunk_tokens: int | None, device: torch.device, of_logit: int = 4) -> int:
-    """Returns how many tokens have logits at a time, of ``of_logit`` bytes each."""
+def piece_tokens(vocabulary: int, chunk_tokens: int | None, device: torch.device) -> int:
+    """Returns how many tokens have logits at a time."""
     if chunk_tokens is not None:
         return chunk_tokens
-    return max(128, (_PIECE_BYTES_CPU if device.type == "cpu" else _PIECE_BYTES) // (of_logit * vocabulary))
+    return max(128, (_PIECE_BYTES_CPU if device.type == "cpu" else _PIECE_BYTES) // (4 * vocabulary))
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

@@ -8,8 +8,8 @@ forward and backward, which the compiler does not find by itself:
   product with their weights on top of one another.
 - A product that is wider than its input takes the adapter up: ``[x, low] @ [W, B].T``, with a few columns more to
   sum over, of which each finetune's rows fill their own. Nothing of the width of ``y`` is added up.
-- An adapter's products from or to few columns are `kernels.low_rank`, where there are kernels: the cotangent of ``y``
-  is read once for both of its products.
+- Where there are kernels, an adapter's products from or to few columns are `kernels.low_rank`: the cotangent of ``y``
+  is read once for both of its products, and the frozen product is added to the adapter's as it is written.
 
 Only first derivatives in reverse mode, all that a compiled block has.
 """
@@ -63,10 +63,13 @@ def _products(
     if all(_takes_up(rows, weight.shape[0], b.shape[0] * b.shape[-1]) for weight, b in zip(weights, bs, strict=True)):
         lows = [own.unflatten(0, (bs[0].shape[0], -1)) for own in low.split(ranks, dim=-1)]
         ys = [_taken_up(rows, own, weight, b) for own, weight, b in zip(lows, weights, bs, strict=True)]
+    elif use_kernels:
+        together = added(rows, _cat(weights).mT, low, bs, True)
+        # Each by itself: of a view that is kept for the backward pass, all would be kept.
+        ys = [y.contiguous() for y in together.split([weight.shape[0] for weight in weights], dim=-1)]
     else:
         plain = (rows @ _cat(weights).mT).split([weight.shape[0] for weight in weights], dim=-1)
-        firsts = _firsts(ranks)
-        ys = [y + expanded(low, at, b, use_kernels) for y, at, b in zip(plain, firsts, bs, strict=True)]
+        ys = [y + expanded(low, at, b) for y, at, b in zip(plain, _firsts(ranks), bs, strict=True)]
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
@@ -94,27 +97,51 @@ class _AdaptedProducts(torch.autograd.Function):
             rows, low_rows = g.reshape(-1, g.shape[-1]), grad_low.reshape(-1, grad_low.shape[-1])
             if _takes_up(rows, x.shape[-1], n * sum(ranks)):
                 grad_x = _taken_up(rows, low_rows.view(n, -1, sum(ranks)), _cat(weights).mT, a.mT).view(x.shape)
-            else:  # of three axes, or the compiler takes the sum for an `addmm`, which copies one part first
-                own = expanded(low_rows, 0, a, ctx.use_kernels, upright=True)
-                grad_x = (rows @ _cat(weights)).view(x.shape) + own.view(x.shape)
+            else:
+                grad_x = added(g, _cat(weights), low_rows, [a], ctx.use_kernels, upright=True)
         grad_a = summed(grad_low, x, n)
         return grad_x, grad_a, None, *([None] * len(weights)), *(d_b for _, d_b in found)
 
 
-def expanded(low: Tensor, first: int, factors: Tensor, use_kernels: bool, *, upright: bool = False) -> Tensor:
+def added(
+    x: Tensor, weight: Tensor, low: Tensor, factors: Sequence[Tensor], use_kernels: bool, *, upright: bool = False
+) -> Tensor:
+    """Returns ``x @ weight`` plus the products of adapters, ``(N * rows, ..., width)``.
+
+    Args:
+        x: ``(N * rows, ..., in)``.
+        weight: ``(in, width)``.
+        low: ``(N * rows, all columns)``; of the adapters of layers side by side, one after another.
+        factors: ``(N, own width, r)`` of each of them; upright ``(N, r, own width)``.
+        use_kernels: Whether `kernels` computes them, the frozen product being added in place.
+        upright: Whether the factors are so.
+    """
+    rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[-1])
+    factors = [own if upright else own.mT for own in factors]
+    widths, ranks = [own.shape[2] for own in factors], [own.shape[1] for own in factors]
+    if use_kernels:
+        from finetuna_func.kernels.in_place import add_product_
+        from finetuna_func.kernels.low_rank import expand_
+
+        y = x.new_empty(rows.shape[0], weight.shape[-1])
+        for at, first, own in zip(_firsts(widths), _firsts(ranks), factors, strict=True):
+            expand_(y, at, low, first, own if upright else own.mT.contiguous(), upright)
+        add_product_(y, rows, weight)
+        return y.view(shape)
+    parts = [expanded(low, first, own, upright=True) for first, own in zip(_firsts(ranks), factors, strict=True)]
+    # Of three axes, if x is, or the compiler takes the sum for an `addmm`, which copies one part first.
+    return (rows @ weight).view(shape) + _cat(parts, -1).view(shape)
+
+
+def expanded(low: Tensor, first: int, factors: Tensor, *, upright: bool = False) -> Tensor:
     """Products of some columns of low, those from ``first`` on, with each finetune's factors, ``(N * rows, width)``.
 
     Args:
         low: ``(N * rows, all columns)``.
         first: The first of r columns.
         factors: ``(N, width, r)``; upright ``(N, r, width)``.
-        use_kernels: Whether `kernels.low_rank` computes them.
         upright: Whether the factors are so.
     """
-    if use_kernels:
-        from finetuna_func.kernels.low_rank import expand
-
-        return expand(low, factors.contiguous(), first, upright)
     factors = factors if upright else factors.mT
     own = low[:, first : first + factors.shape[1]]
     return torch.bmm(own.reshape(factors.shape[0], -1, own.shape[-1]), factors).flatten(0, 1)

@@ -32,6 +32,7 @@ def sum_of_pieces(
     size: int,
     n: int | None,
     gradients: Gradients | None = None,
+    at_once: int = 1,
 ) -> Tensor:
     """Returns the sums of losses, ``()``, or ``(N,)`` of a stack.
 
@@ -46,7 +47,8 @@ def sum_of_pieces(
         targets: ``(tokens,)``, or ``(N, tokens)``.
         size: Tokens of one finetune in a piece.
         n: Of a stack, how many finetunes.
-        gradients: Another way to what `gradients_of` returns of the piece.
+        gradients: Another way to what `gradients_of` returns of the piece, or of several, one after another.
+        at_once: How many at most are given to it.
     """
     leaves = dict(leaves)
     names = [name for name, leaf in leaves.items() if leaf.requires_grad]
@@ -57,7 +59,7 @@ def sum_of_pieces(
     constants = {name: leaf for name, leaf in leaves.items() if name not in names}
     gradients = gradients or functools.partial(gradients_of, piece)
     own = (leaves[name] for name in names)
-    return _WithGradients.apply(piece, gradients, constants, names, targets, size, hidden, *own)
+    return _WithGradients.apply(piece, gradients, constants, names, targets, size, at_once, hidden, *own)
 
 
 def gradients_of(
@@ -95,41 +97,44 @@ class _WithGradients(torch.autograd.Function):
         names: list[str],
         targets: Tensor,
         size: int,
+        at_once: int,
         hidden: Tensor,
         *leaves: Tensor,
     ) -> Tensor:
-        of_hidden = ctx.needs_input_grad[6]
+        of_hidden = ctx.needs_input_grad[7]
         own = dict(zip(names, leaves, strict=True))
-        d_hidden = torch.empty_like(hidden) if of_hidden else None
+        whole = targets.shape[-1] <= size * at_once
+        d_hidden = torch.empty_like(hidden) if of_hidden and not whole else None
         d_leaves: dict[str, Tensor] = {}
         total: Any = 0
-        for start in range(0, targets.shape[-1], size):
-            place = slice(start, start + size)
+        for start in range(0, targets.shape[-1], size * at_once):
+            place = slice(start, start + size * at_once)
             sums, found, d_own = gradients(constants, own, hidden[..., place, :], targets[..., place], of_hidden)
-            if d_hidden is not None:
+            if whole:
+                d_hidden = d_own
+            elif d_hidden is not None:
                 d_hidden[..., place, :] = d_own
-                del d_own  # before the next piece
+            del d_own  # before the next piece
             d_leaves = {name: d_leaves[name].add_(found[name]) for name in names} if d_leaves else found
             total = total + sums
         ctx.again = (piece, constants, names, targets, size)
-        ctx.save_for_backward(hidden, *leaves)
-        ctx.formed = (d_hidden, [d_leaves[name] for name in names])
+        formed = [*([] if d_hidden is None else [d_hidden]), *(d_leaves[name] for name in names)]
+        ctx.save_for_backward(hidden, *leaves, *formed)  # all of which autograd lets go of after the backward pass
         return total
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        (cotangent,), needed = cotangents, ctx.needs_input_grad[6:]
+        (cotangent,), needed = cotangents, ctx.needs_input_grad[7:]
+        given, formed = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
         if torch.is_grad_enabled():  # it is differentiated again
             piece, constants, names, targets, size = ctx.again
-            hidden, *leaves = ctx.saved_tensors
+            hidden, *leaves = given
             total = _rematerialized(piece, constants | dict(zip(names, leaves, strict=True)), hidden, targets, size)
-            inputs = [t for t, need in zip((hidden, *leaves), needed, strict=True) if need]
+            inputs = [t for t, need in zip(given, needed, strict=True) if need]
             found = iter(torch.autograd.grad(total, inputs, cotangent, create_graph=True, materialize_grads=True))
         else:
-            d_hidden, d_leaves = ctx.formed
-            formed = [*([] if d_hidden is None else [d_hidden]), *d_leaves]
             found = iter([_scaled(grad, cotangent) for grad in formed])
-        return (*([None] * 6), *(next(found) if need else None for need in needed))
+        return (*([None] * 7), *(next(found) if need else None for need in needed))
 
 
 def _scaled(grad: Tensor, cotangent: Tensor) -> Tensor:

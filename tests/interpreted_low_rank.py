@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetuna_func._products import adapted_products, contracted, expanded
+from finetuna_func._products import adapted_products, added, contracted, expanded
 
 
 @pytest.fixture(autouse=True)
@@ -44,22 +44,37 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("upright", [False, True])
 @pytest.mark.parametrize(("n", "rows", "width", "rank"), [*SIZES, (2, 40, 72, 80)])
-def test_expanded(n: int, rows: int, width: int, rank: int, upright: bool):
-    low, factors = draw(n * rows, rank + 7), draw(n, rank, width, seed=1)
-    factors = factors if upright else factors.mT.contiguous()
-    found = expanded(low, 3, factors, True, upright=upright)
-    assert error(found, expanded(low.double(), 3, factors.double(), False, upright=upright)) < RTOL
-    assert error(found, expanded(low.double(), 4, factors.double(), False, upright=upright)) > 0.1
+def test_expand(n: int, rows: int, width: int, rank: int, upright: bool):
+    """Of some columns of low into some of y, with NaN in the others of low; those of y stay as they are."""
+    from finetuna_func.kernels.low_rank import expand_
+
+    low, factors, y = draw(n * rows, rank + 7), draw(n, rank, width, seed=1), draw(n * rows, width + 9, seed=2)
+    low[:, :3], low[:, 3 + rank :] = torch.nan, torch.nan
+    before = y.clone()
+    expand_(y, 5, low, 3, factors if upright else factors.mT.contiguous(), upright)
+    exact = expanded(low.double(), 3, factors.double(), upright=True)
+    assert error(y[:, 5 : 5 + width], exact) < RTOL
+    assert torch.equal(y[:, :5], before[:, :5]) and torch.equal(y[:, 5 + width :], before[:, 5 + width :])
+    assert error(y[:, 5 : 5 + width], exact.roll(1, -1)) > 0.1
     if n > 1:
-        assert error(found, expanded(low.double(), 3, factors.roll(1, 0).double(), False, upright=upright)) > 0.1
-    own = draw(n * rows, rank)  # the last column is next to what is not there
-    assert (
-        error(
-            expanded(own, 0, factors, True, upright=upright),
-            expanded(own.double(), 0, factors.double(), False, upright=upright),
-        )
-        < RTOL
-    )
+        assert error(y[:, 5 : 5 + width], expanded(low.double(), 3, factors.roll(1, 0).double(), upright=True)) > 0.1
+
+
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize(("n", "rows", "width", "rank"), SIZES)
+def test_added(n: int, rows: int, width: int, rank: int, upright: bool):
+    """The adapters of two layers side by side."""
+    x, weight = draw(n * rows, 24), draw(24, width + 8, seed=1) / 24**0.5
+    low = draw(n * rows, rank + 3, seed=2)
+    factors = [draw(n, rank, width, seed=3), draw(n, 3, 8, seed=4)]
+    factors = factors if upright else [own.mT.contiguous() for own in factors]
+    wide = [leaf.double() for leaf in (x, weight, low)]
+    exact = added(*wide, [own.double() for own in factors], False, upright=upright)
+    found = added(x, weight, low, factors, True, upright=upright)
+    assert error(found, exact) < 2 * RTOL  # rounded twice
+    assert error(added(x, weight, low, [2 * own for own in factors], True, upright=upright), exact) > 0.1
+    of_rows = added(x.view(n, rows, -1), weight, low, factors, True, upright=upright)
+    assert of_rows.shape == (n, rows, width + 8) and torch.equal(of_rows.flatten(0, 1), found)
 
 
 @pytest.mark.parametrize("lead", [1, 2])
@@ -103,8 +118,9 @@ def test_a_diverged_adapter_leaves_others_alone():
     dy, low, b = draw(2 * 37, 72), draw(2 * 37, 5, seed=1), draw(2, 72, 5, seed=2)
     spoilt = b.clone()
     spoilt[0] = torch.nan
+    x, weight = draw(2 * 37, 8, seed=3), draw(8, 72, seed=4)
     for one, other in (
-        (expanded(low, 0, b, True), expanded(low, 0, spoilt, True)),
+        (added(x, weight, low, [b], True), added(x, weight, low, [spoilt], True)),
         (contracted(dy, 0, low, 0, b, True)[0], contracted(dy, 0, low, 0, spoilt, True)[0]),
     ):
         assert torch.equal(one[37:], other[37:]) and other[:37].isnan().any()

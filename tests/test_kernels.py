@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetuna_func import kernels
-from finetuna_func._products import contracted, expanded
+from finetuna_func._products import added, contracted
 
 
 def triton_version() -> tuple[int, ...]:
@@ -26,7 +27,7 @@ def triton_version() -> tuple[int, ...]:
 
 
 @pytest.mark.skipif(triton_version() < (3, 9), reason="needs the interpreter of Triton 3.9, which takes numpy 2.4")
-@pytest.mark.parametrize("name", ["interpreted_gated.py", "interpreted_low_rank.py"])
+@pytest.mark.parametrize("name", ["interpreted_gated.py", "interpreted_low_rank.py", "interpreted_cross_entropy.py"])
 def test_kernels_in_the_interpreter(name: str):
     """In a process of its own, since the interpreter is chosen when the kernels are imported."""
     interpreted = Path(__file__).with_name(name)
@@ -71,21 +72,41 @@ def test_products_of_adapters_on_a_gpu(rows: int, width: int, rank: int):
         return torch.randn(shape, generator=generator, device="cuda").bfloat16()
 
     dy, low, b = draw(n * rows, width + 8), draw(n * rows, rank + 3), draw(n, width, rank)
+    x, weight = draw(n * rows, 64), draw(64, width) / 8
     found = (
         *contracted(dy, 8, low, 3, b, True),
-        expanded(low, 3, b, True),
-        expanded(low, 3, b.mT, True, upright=True),
+        added(x, weight, low, [b], True),
+        added(x, weight, low, [b.mT.contiguous()], True, upright=True),
     )
-    dy, low, b = dy.double(), low.double(), b.double()
+    dy, low, b, x, weight = (leaf.double() for leaf in (dy, low, b, x, weight))
     exact = (
         *contracted(dy, 8, low, 3, b, False),
-        expanded(low, 3, b, False),
-        expanded(low, 3, b.mT, False, upright=True),
+        *[added(x, weight, low, [b], False)] * 2,
     )
     for own, other in zip(found, exact, strict=True):
         assert own.shape == other.shape and own.dtype == torch.bfloat16
         error = float((own.double() - other).norm() / other.norm())
         assert 0 < error < 2e-3
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or not kernels.available(torch.device("cuda", 0)), reason="needs a GPU and Triton"
+)
+def test_losses_on_a_gpu():
+    """Of bfloat16 logits: losses in float32, gradients rounded once."""
+    from finetuna_func.kernels.cross_entropy import cross_entropy_
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = 3 * torch.randn(70, 32003, generator=generator, device="cuda").bfloat16()
+    targets = torch.randint(32003, (70,), generator=generator, device="cuda")
+    targets[::7] = -100
+    leaf = logits.double().requires_grad_()
+    exact = F.cross_entropy(leaf, targets, ignore_index=-100, reduction="none")
+    (gradients,) = torch.autograd.grad(exact.sum(), leaf)
+    losses = cross_entropy_(logits, targets, -100)
+    torch.testing.assert_close(losses.double(), exact.detach(), rtol=1e-6, atol=1e-6)
+    assert 0 < float((logits.double() - gradients).norm() / gradients.norm()) < 2e-3
+    assert not losses[::7].any() and not logits[::7].any()
 
 
 SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448, 120: 101376}
@@ -94,7 +115,7 @@ SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448, 120: 101376}
 
 def launches(monkeypatch: pytest.MonkeyPatch, rank: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """The kernels, what they are given, and how they are launched, for products of a rank."""
-    from finetuna_func.kernels import gated, low_rank
+    from finetuna_func.kernels import cross_entropy, gated, low_rank
 
     found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -112,13 +133,14 @@ def launches(monkeypatch: pytest.MonkeyPatch, rank: int) -> list[tuple[Any, tupl
     low, b, a = draw(n * rows, rank), draw(n, width, rank), draw(n, rank, width)
     of_both, wide = draw(n * rows, 2 * rank), draw(n * rows, width)
     gu = draw(n * rows, 2 * width)
-    for module in (gated, low_rank):
+    for module in (cross_entropy, gated, low_rank):
         monkeypatch.setattr(module, "wrap_triton", Noted)
     gated.gated._init_fn(gu, of_both, b, b, a, False)
     gated.gated_backward._init_fn(gu, of_both, b, b, a, wide, low, False)
-    low_rank.expand._init_fn(low, b, 0, False)
-    low_rank.expand._init_fn(draw(n * rows, 3 * rank), draw(n, 3 * rank, width), 0, True)
+    low_rank.expand_._init_fn(wide, 0, low, 0, b, False)
+    low_rank.expand_._init_fn(wide, 0, draw(n * rows, 3 * rank), 0, draw(n, 3 * rank, width), True)
     low_rank.contract._init_fn(wide, low, b, 0, 0)
+    cross_entropy.cross_entropy_._init_fn(wide, torch.empty(n * rows, dtype=torch.int64), -100)
     return found
 
 
@@ -130,7 +152,7 @@ def test_kernels_compile_for_a_kind_of_gpu(capability: int, rank: int, monkeypat
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
     for kernel, args, options in launches(monkeypatch, rank):
         how = {name: value for name, value in options.items() if name.startswith("num_")}
         constants = {name: value for name, value in options.items() if name not in how}

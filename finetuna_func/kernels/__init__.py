@@ -4,6 +4,8 @@
 |---|---|
 | `gated` | what lies between the frozen products of a gated MLP: the gate, and the adapters' products |
 | `low_rank` | adapters' products elsewhere: from few columns to many, and both cotangents from one reading |
+| `in_place` | no kernel, but a product added to what is there already |
+| `cross_entropy` | losses of logits, which their gradient replaces |
 
 Nothing of Triton is imported before a kernel is used. A composite of plain torch is the definition of what a kernel
 computes, and runs on a CPU, in other dtypes, and where a tensor does not fit.
@@ -32,6 +34,11 @@ def fits(x: Tensor, ranks: tuple[int, ...]) -> bool:
     """Returns whether the kernels, where they are available, take products like x, of adapters of these ranks."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     return x.device.type == "cuda" and half and x.numel() > 0 and all(0 < rank <= MAX_RANK for rank in ranks)
+
+
+def takes_logits(logits: Tensor) -> bool:
+    """Returns whether the kernel of losses, where it is available, takes logits like these."""
+    return logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16, torch.float32) and logits.numel() > 0
 
 
 def padded(rank: int) -> int:

@@ -26,7 +26,7 @@ SPLITS = 8  # of the columns, where rows alone would leave multiprocessors idle
 
 @triton.jit
 def _expand_kernel(
-    low, factors, y, columns, first, rows, width,
+    low, factors, y, columns, first, y_columns, y_first, rows, width,
     R: tl.constexpr, UPRIGHT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks, tiles = tl.cdiv(width, BLOCK_N), tl.cdiv(rows, BLOCK_M)
@@ -42,7 +42,7 @@ def _expand_kernel(
         at = of[:, None] * width + col[None, :] if UPRIGHT else col[None, :] * R + of[:, None]
         right = tl.load(factors + own * R * width + at, mask=kept & (of < R)[:, None], other=0.0)
         acc = tl.dot(left, right, acc)
-    tl.store(y + far * width + col[None, :], acc.to(y.dtype.element_ty), mask=inside & kept)
+    tl.store(y + far * y_columns + y_first + col[None, :], acc.to(y.dtype.element_ty), mask=inside & kept)
 
 
 @triton.jit
@@ -68,25 +68,25 @@ def _contract_kernel(
     tl.store(d_low + (part * total + far) * R + of[None, :], acc, mask=inside & held)
 
 
-@triton_op("finetuna_func::expand", mutates_args={})
-def expand(low: Tensor, factors: Tensor, first: int, upright: bool) -> Tensor:
-    """Returns the product of some columns of low with the factors of each adapter, ``(N * rows, width)``.
+@triton_op("finetuna_func::expand_", mutates_args={"y"})
+def expand_(y: Tensor, at: int, low: Tensor, first: int, factors: Tensor, upright: bool) -> None:
+    """Sets some columns of y to the products of some columns of low with the factors of each adapter.
 
     Args:
-        low: ``(N * rows, columns)``, bfloat16 or float16, contiguous like the factors.
-        factors: ``(N, width, r)``; upright ``(N, r, width)``.
+        y: ``(N * rows, all columns)``, bfloat16 or float16, contiguous like all others.
+        at: The first of the ``width`` columns of y that are set.
+        low: ``(N * rows, all columns)``.
         first: The first of the r columns of low that are multiplied.
+        factors: ``(N, width, r)``; upright ``(N, r, width)``.
         upright: Whether the factors are so.
     """
     n, width, rank = (factors if not upright else factors.mT).shape
-    total, columns = low.shape
-    y = low.new_empty(total, width)
-    block_r = min(BLOCK_R, padded(rank))
-    wrap_triton(_expand_kernel)[(n * -(-(total // n) // EXPAND_M) * -(-width // EXPAND_N),)](
-        low, factors, y, columns, first, total // n, width,
-        R=rank, UPRIGHT=upright, BLOCK_R=block_r, BLOCK_M=EXPAND_M, BLOCK_N=EXPAND_N, num_warps=EXPAND_WARPS,
+    rows = y.shape[0] // n
+    wrap_triton(_expand_kernel)[(n * -(-rows // EXPAND_M) * -(-width // EXPAND_N),)](
+        low, factors, y, low.shape[1], first, y.shape[1], at, rows, width,
+        R=rank, UPRIGHT=upright, BLOCK_R=min(BLOCK_R, padded(rank)), BLOCK_M=EXPAND_M, BLOCK_N=EXPAND_N,
+        num_warps=EXPAND_WARPS,
     )  # fmt: skip
-    return y
 
 
 @triton_op("finetuna_func::contract", mutates_args={})
