@@ -150,7 +150,7 @@ def launch_backward(inputs: Tensors, tile: Tile) -> tuple[Launch, Tensors]:
     rows, blocks = total // n, -(-width // tile.columns)
     chunks = -(-rows // own.CHUNK)
     kernel: Any = own._backward_kernel
-    d_gu = torch.empty_like(gu)
+    d_g, d_u = torch.empty_like(d_h), torch.empty_like(d_h)
     d_low = gu.new_empty(blocks, total, rank_g + rank_u)
     d_bg, d_bu, d_a = (
         gu.new_empty(n, chunks, *shape, dtype=torch.float32)
@@ -159,12 +159,13 @@ def launch_backward(inputs: Tensors, tile: Tile) -> tuple[Launch, Tensors]:
 
     def launch() -> Any:
         return kernel[(n * chunks * blocks,)](
-            gu, low, b_g, b_u, a, d_h, d_low_h, d_gu, d_low, d_bg, d_bu, d_a, total, rows, width, own.CHUNK,
+            gu, low, b_g, b_u, a, d_h, d_low_h, d_g, d_u, d_low, d_bg, d_bu, d_a, total, rows, width, own.CHUNK,
             RG=rank_g, RU=rank_u, RH=rank_h, BG=padded(rank_g), BU=padded(rank_u), BH=padded(rank_h),
-            GELU=GELU, BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+            GELU=GELU, PAIRED=1, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    return launch, (d_gu, d_low, d_bg, d_bu, d_a)
+    return launch, (d_g, d_u, d_low, d_bg, d_bu, d_a)
 
 
 def summed_forward(outputs: Tensors) -> Tensors:
@@ -174,18 +175,26 @@ def summed_forward(outputs: Tensors) -> Tensors:
 
 
 def summed_backward(outputs: Tensors) -> Tensors:
-    """Returns the cotangents of gu, low, b_g, b_u and a."""
-    d_gu, d_low, *d_factors = outputs
-    return d_gu, d_low.sum(0, dtype=torch.float32), *(part.sum(1) for part in d_factors)
+    """Returns the cotangents of the gate, up, low, b_g, b_u and a."""
+    d_g, d_u, d_low, *d_factors = outputs
+    return d_g, d_u, d_low.sum(0, dtype=torch.float32), *(part.sum(1) for part in d_factors)
+
+
+def backward_in_place(*inputs: Any) -> Tensors:
+    """Returns what `launch_backward` writes to, of the op, which replaces d_h."""
+    from finetuna_func.kernels.gated import gated_backward_
+
+    d_g, *others = gated_backward_(*inputs)
+    return d_g, inputs[5], *others
 
 
 def passes(numbers: Tensors) -> tuple[Pass, Pass]:
     """Returns both, of what `draw` returns."""
-    from finetuna_func.kernels.gated import gated, gated_backward
+    from finetuna_func.kernels.gated import gated
 
     return (
         Pass("forward", numbers[:5], _between, gated, launch_forward, summed_forward),
-        Pass("backward", numbers, _between_backward, gated_backward, launch_backward, summed_backward),
+        Pass("backward", numbers, _between_backward, backward_in_place, launch_backward, summed_backward),
     )
 
 
@@ -241,7 +250,8 @@ def copy_rate(repeats: int) -> float:
 
 def rows_of(own: Pass, tiles: list[Tile], rate: float, repeats: int) -> Iterator[Row]:
     """Yields the lines of a pass, each when it is measured."""
-    parts = own.op(*own.inputs, GELU)
+    replaced = [given.clone() for given in own.inputs]  # by each run of the op in its own place
+    parts = own.op(*replaced, GELU)
     seconds = sum(tensor.nbytes for tensor in (*own.inputs, *parts)) / rate
     yield Row(own.name, "bytes", seconds * 1e6, 1.0)
     expected = exact(own)
@@ -266,7 +276,7 @@ def rows_of(own: Pass, tiles: list[Tile], rate: float, repeats: int) -> Iterator
 
     yield measured("torch", lambda: (lambda: own.composite(*own.inputs, GELU, False), None, True))
     yield measured("torch compiled", lambda: (lambda: compiled(*own.inputs, GELU, False), None, True))
-    yield measured("op", lambda: (lambda: own.op(*own.inputs, GELU), None, right))
+    yield measured("op", lambda: (lambda: own.op(*replaced, GELU), None, right))
     for tile in tiles:
         yield measured(f"tile {tile}", lambda tile=tile: checked_launch(own, tile, expected))
 

@@ -3,9 +3,10 @@
 In bfloat16 on one GPU, for square layers of each width: `added`, ``x @ W + low @ B^T``, where a kernel forms the second
 product and the first is added to it in place, against two products and a sum; and `contract`, ``dy @ B`` and ``dy^T
 low`` (both cotangents), from one reading of dy, against two products. All are compiled as a block is, and the kernel's
-sums over parts are counted. "Least" is the time of ``x @ W`` alone for the former, and for the latter that in which as
-many bytes are copied as it reads and writes, parts of sums left out. Times are medians, from CUDA events, with nothing in
-the L2 cache; results are compared with those in float32, and one that is off by more than 2**-6 ends the program.
+sums over parts are counted. "Least" is the time of ``x @ W`` alone for the former, and for the latter that in which
+as many bytes are copied as it reads and writes, parts of sums left out. Times are medians, from CUDA events, with
+nothing in the L2 cache; results are compared with those in float32, and one that is off by more than 2**-6 ends the
+program.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def measured(adapters: int, rows: int, width: int, rank: int, rate: float, repea
     weight = draw(width, width) / width**0.5
 
     def both(use_kernels: bool) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda x, weight, low, b: (added(x, weight.mT, low, [b], use_kernels),)
+        return lambda x, weight, low, b: (added([x], [weight.mT], low, [b], use_kernels),)
 
     def contract(use_kernels: bool) -> Callable[..., tuple[Tensor, ...]]:
         return lambda dy, low, b: contracted(dy, 0, low, 0, b, use_kernels)

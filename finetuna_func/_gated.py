@@ -155,7 +155,7 @@ class _GatedMlp(torch.autograd.Function):
         low = by_rows(x, n, a.mT)
         gu = x.reshape(-1, x.shape[-1]) @ weight.mT
         h, low_h = _between(gu, low.reshape(-1, low.shape[-1]), b_g, b_u, a_d, gelu, use_kernels)
-        y = added(h.view(*x.shape[:-1], h.shape[-1]), down.mT, low_h, [b_d], use_kernels)
+        y = added([h.view(*x.shape[:-1], h.shape[-1])], [down.mT], low_h, [b_d], use_kernels)
         ctx.save_for_backward(x, a, b_g, b_u, a_d, b_d, weight, down, low, gu, low_h)
         ctx.how = gelu, use_kernels
         return y
@@ -168,10 +168,11 @@ class _GatedMlp(torch.autograd.Function):
         d_low_h = d_low_h.reshape(low_h.shape)
         d_h = dy.reshape(-1, dy.shape[-1]) @ down
         low_rows = low.reshape(-1, low.shape[-1])
-        d_gu, d_low, d_bg, d_bu, d_ad = _between_backward(gu, low_rows, b_g, b_u, a_d, d_h, d_low_h, *ctx.how)
+        d_g, d_u, d_low, d_bg, d_bu, d_ad = _between_backward(gu, low_rows, b_g, b_u, a_d, d_h, d_low_h, *ctx.how)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = added(d_gu.view(*x.shape[:-1], -1), weight, d_low, [a], ctx.how[1], upright=True)
+            wide = [own.view(*x.shape[:-1], -1) for own in (d_g, d_u)]
+            d_x = added(wide, weight.chunk(2), d_low, [a], ctx.how[1], upright=True)
         return d_x, summed(d_low, x, n), d_bg, d_bu, d_ad, d_bd, None, None, None, None
 
 
@@ -201,14 +202,15 @@ def _between_backward(
     gelu: bool,
     use_kernels: bool,
 ) -> tuple[Tensor, ...]:
-    """Returns the cotangents of what `_between` is given, but for the last two."""
+    """Returns the cotangents of gate and up, and of what else `_between` is given; d_h may be used up."""
     n, rank_g = b_g.shape[0], b_g.shape[-1]
     if use_kernels:
-        from finetuna_func.kernels.gated import gated_backward
+        from finetuna_func.kernels.gated import gated_backward_
 
         factors = (b_g.contiguous(), b_u.contiguous(), a.contiguous())
-        d_gu, d_low, *d_factors = gated_backward(gu, low, *factors, d_h, d_low_h.contiguous(), gelu)
-        return d_gu, d_low.sum(0, dtype=torch.float32).to(gu.dtype), *(part.sum(1).to(gu.dtype) for part in d_factors)
+        d_g, d_low, *d_factors = gated_backward_(gu, low, *factors, d_h, d_low_h.contiguous(), gelu)
+        d_low = d_low.sum(0, dtype=torch.float32).to(gu.dtype)
+        return d_g, d_h, d_low, *(part.sum(1).to(gu.dtype) for part in d_factors)
     g, u = _gate_and_up(gu, low, b_g, b_u)
     low, d_low_h = low.view(n, -1, low.shape[-1]), d_low_h.view(n, -1, d_low_h.shape[-1])
     z, dz = _slope(g, gelu)
@@ -221,7 +223,8 @@ def _between_backward(
     d_low = torch.cat([torch.bmm(d_g, b_g), torch.bmm(d_u, b_u)], dim=-1)
     d_bg, d_bu = torch.bmm(d_g.mT, low[..., :rank_g]), torch.bmm(d_u.mT, low[..., rank_g:])
     return (
-        torch.cat([d_g, d_u], dim=-1).flatten(0, 1),
+        d_g.flatten(0, 1),
+        d_u.flatten(0, 1),
         d_low.flatten(0, 1),
         d_bg,
         d_bu,

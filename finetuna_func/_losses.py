@@ -162,9 +162,10 @@ def _losses_in_pieces(
 
     hidden, listed = hidden.flatten(-3, -2), targets.flatten(-2)
     if summed:
+        if not (compile and can_compile()):
+            return sum_of_pieces(piece, of_head, hidden, listed, size, n)
         at_once = _AT_ONCE if kernels.available(hidden.device) else 1
-        of_compiled = (gradients, at_once) if compile and can_compile() else ()
-        return sum_of_pieces(piece, of_head, hidden, listed, size, n, *of_compiled)
+        return sum_of_pieces(piece, of_head, hidden, listed, size, n, gradients, at_once)
     pieces = zip(hidden.split(size, dim=-2), listed.split(size, dim=-1), strict=True)
     losses = [rematerialized(piece)(of_head, own, own_targets) for own, own_targets in pieces]
     return torch.cat(losses, dim=-1).reshape(targets.shape)
@@ -206,7 +207,7 @@ def _head_gradients(
         def logits_of(leaves: dict[str, Tensor], own: Tensor) -> Tensor:
             return _head_logits(module, call, own, constants | leaves)
 
-        logits, pull = torch.func.vjp(logits_of, leaves, own)
+        logits, pull = torch.func.vjp(logits_of, leaves, own)[:2]
         losses, d_logits = _losses_and_gradients(logits, own_targets, ignore_index, use_kernels)
         found, d_own = pull(d_logits)
         d_leaves = {name: d_leaves[name] + found[name] for name in leaves} if d_leaves else found
@@ -224,7 +225,7 @@ def _losses_and_gradients(
 
         logits = logits.clone()  # one that the compiler leaves out: nobody else reads them
         return cross_entropy_(logits, targets.flatten(), ignore_index).view(targets.shape), logits
-    losses, pull = torch.func.vjp(lambda logits: _cross_entropy(logits, targets, ignore_index), logits)
+    losses, pull = torch.func.vjp(lambda logits: _cross_entropy(logits, targets, ignore_index), logits)[:2]
     return losses, pull(torch.ones_like(losses))[0]
 
 

@@ -64,7 +64,7 @@ def _products(
         lows = [own.unflatten(0, (bs[0].shape[0], -1)) for own in low.split(ranks, dim=-1)]
         ys = [_taken_up(rows, own, weight, b) for own, weight, b in zip(lows, weights, bs, strict=True)]
     elif use_kernels:
-        together = added(rows, _cat(weights).mT, low, bs, True)
+        together = added([rows], [_cat(weights).mT], low, bs, True)
         # Each by itself: of a view that is kept for the backward pass, all would be kept.
         ys = [y.contiguous() for y in together.split([weight.shape[0] for weight in weights], dim=-1)]
     else:
@@ -98,39 +98,53 @@ class _AdaptedProducts(torch.autograd.Function):
             if _takes_up(rows, x.shape[-1], n * sum(ranks)):
                 grad_x = _taken_up(rows, low_rows.view(n, -1, sum(ranks)), _cat(weights).mT, a.mT).view(x.shape)
             else:
-                grad_x = added(g, _cat(weights), low_rows, [a], ctx.use_kernels, upright=True)
+                grad_x = added([g], [_cat(weights)], low_rows, [a], ctx.use_kernels, upright=True)
         grad_a = summed(grad_low, x, n)
         return grad_x, grad_a, None, *([None] * len(weights)), *(d_b for _, d_b in found)
 
 
 def added(
-    x: Tensor, weight: Tensor, low: Tensor, factors: Sequence[Tensor], use_kernels: bool, *, upright: bool = False
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    low: Tensor,
+    factors: Sequence[Tensor],
+    use_kernels: bool,
+    *,
+    upright: bool = False,
 ) -> Tensor:
-    """Returns ``x @ weight`` plus the products of adapters, ``(N * rows, ..., width)``.
+    """Returns the sum of ``x @ weight`` for each x, and of the products of adapters, ``(N * rows, ..., width)``.
 
     Args:
-        x: ``(N * rows, ..., in)``.
-        weight: ``(in, width)``.
+        xs: ``(N * rows, ..., in)`` each.
+        weights: ``(in, width)`` each.
         low: ``(N * rows, all columns)``; of the adapters of layers side by side, one after another.
         factors: ``(N, own width, r)`` of each of them; upright ``(N, r, own width)``.
-        use_kernels: Whether `kernels` computes them, the frozen product being added in place.
+        use_kernels: Whether `kernels` computes them, the frozen products being added in place.
         upright: Whether the factors are so.
     """
-    rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[-1])
+    rows, shape = [x.reshape(-1, x.shape[-1]) for x in xs], (*xs[0].shape[:-1], weights[0].shape[-1])
     factors = [own if upright else own.mT for own in factors]
     widths, ranks = [own.shape[2] for own in factors], [own.shape[1] for own in factors]
     if use_kernels:
         from finetuna_func.kernels.in_place import add_product_
         from finetuna_func.kernels.low_rank import expand_
 
-        y = x.new_empty(rows.shape[0], weight.shape[-1])
+        # Of one product the sum starts with the adapters', which is the faster order. Of several, which are as wide
+        # as they are since memory is scarce, with the first of them: a place would be taken long before it is filled.
+        several = len(rows) > 1
+        y = rows[0] @ weights[0] if several else low.new_empty(low.shape[0], weights[0].shape[-1])
+        products = list(zip(rows, weights, strict=True))
+        for x, weight in products[1:]:
+            add_product_(y, x, weight)
         for at, first, own in zip(_firsts(widths), _firsts(ranks), factors, strict=True):
-            expand_(y, at, low, first, own if upright else own.mT.contiguous(), upright)
-        add_product_(y, rows, weight)
+            expand_(y, at, low, first, own if upright else own.mT.contiguous(), upright, several)
+        if not several:
+            add_product_(y, *products[0])
         return y.view(shape)
     parts = [expanded(low, first, own, upright=True) for first, own in zip(_firsts(ranks), factors, strict=True)]
     # Of three axes, if x is, or the compiler takes the sum for an `addmm`, which copies one part first.
-    return (rows @ weight).view(shape) + _cat(parts, -1).view(shape)
+    products = [(x @ weight).view(shape) for x, weight in zip(rows, weights, strict=True)]
+    return functools.reduce(torch.add, [*products, _cat(parts, -1).view(shape)])
 
 
 def expanded(low: Tensor, first: int, factors: Tensor, *, upright: bool = False) -> Tensor:

@@ -6,12 +6,14 @@ In float16: the interpreter multiplies the bits of bfloat16 as integers. `test_g
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from finetuna_func._gated import _between, _between_backward
+from finetuna_func.kernels import gated
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +57,15 @@ def compare(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize(("n", "rows", "width", "ranks"), SIZES)
 def test_kernels_and_their_definition(n: int, rows: int, width: int, ranks: tuple[int, int, int], gelu: bool):
     *leaves, d_h, d_low_h = numbers(n, rows, width, ranks)
-    before = [leaf.clone() for leaf in (*leaves, d_h, d_low_h)]
+    before = [leaf.clone() for leaf in (*leaves, d_low_h)]
     wide = [leaf.double() for leaf in leaves]
     found, exact = _between(*leaves, gelu, True), _between(*wide, gelu, False)
     compare(found, exact)
-    grads = _between_backward(*leaves, d_h, d_low_h, gelu, True)
+    grads = _between_backward(*leaves, d_h.clone(), d_low_h, gelu, True)
     wanted = _between_backward(*wide, d_h.double(), d_low_h.double(), gelu, False)
     compare(grads, wanted)
-    assert all(torch.equal(own, other) for own, other in zip((*leaves, d_h, d_low_h), before, strict=True))
-    again = _between_backward(*leaves, d_h, d_low_h, gelu, True)
+    assert all(torch.equal(own, other) for own, other in zip((*leaves, d_low_h), before, strict=True))
+    again = _between_backward(*leaves, d_h.clone(), d_low_h, gelu, True)
     assert all(torch.equal(own, other) for own, other in zip(grads, again, strict=True))
     with pytest.raises(AssertionError):  # the other activation is noticed
         compare(found, _between(*wide, not gelu, False))
@@ -72,12 +74,39 @@ def test_kernels_and_their_definition(n: int, rows: int, width: int, ranks: tupl
             compare(found, _between(*wide[:2], *(factor.roll(1, 0) for factor in wide[2:]), gelu, False))
 
 
+@pytest.mark.parametrize(("n", "rows", "width", "ranks"), [own for own in SIZES if max(own[3]) <= 16])
+def test_blocks_of_columns_in_pairs(
+    n: int, rows: int, width: int, ranks: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+):
+    """As where programs are many; also of an odd number of blocks."""
+    launched: list[int] = []
+
+    class Noted:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launched.extend(grid)
+            return self.kernel[grid]
+
+    monkeypatch.setattr(gated, "wrap_triton", Noted)
+    given = numbers(n, rows, width, ranks)
+    exact = _between_backward(*(leaf.double() for leaf in given), False, False)
+    for enough in (2**31, 0):
+        monkeypatch.setattr(gated, "ENOUGH", enough)
+        own = [leaf.clone() for leaf in given]
+        d_g, d_low, *d_factors = gated.gated_backward_._init_fn(*own, False)
+        compare((d_g, own[5], d_low.float().sum(0), *(part.sum(1) for part in d_factors)), exact)
+    blocks = -(-width // gated.BLOCK_N)
+    assert launched[1] * blocks == launched[0] * -(-blocks // 2)
+
+
 def test_a_diverged_adapter_leaves_others_alone():
     *leaves, d_h, d_low_h = numbers(2, 37, 72, (4, 8, 2))
     spoilt = [leaf.clone() for leaf in leaves]
     spoilt[2][0] = torch.nan
     for function, rest in ((_between, ()), (_between_backward, (d_h, d_low_h))):
-        one, other = (function(*own, *rest, False, True) for own in (leaves, spoilt))
+        one, other = (function(*own, *(leaf.clone() for leaf in rest), False, True) for own in (leaves, spoilt))
         for a, b in zip(one, other, strict=True):
             half = slice(len(a) // 2, None)
             assert torch.equal(a[half], b[half])

@@ -51,13 +51,17 @@ def test_expand(n: int, rows: int, width: int, rank: int, upright: bool):
     low, factors, y = draw(n * rows, rank + 7), draw(n, rank, width, seed=1), draw(n * rows, width + 9, seed=2)
     low[:, :3], low[:, 3 + rank :] = torch.nan, torch.nan
     before = y.clone()
-    expand_(y, 5, low, 3, factors if upright else factors.mT.contiguous(), upright)
+    given = low, 3, factors if upright else factors.mT.contiguous(), upright
+    expand_(y, 5, *given, False)
     exact = expanded(low.double(), 3, factors.double(), upright=True)
     assert error(y[:, 5 : 5 + width], exact) < RTOL
     assert torch.equal(y[:, :5], before[:, :5]) and torch.equal(y[:, 5 + width :], before[:, 5 + width :])
     assert error(y[:, 5 : 5 + width], exact.roll(1, -1)) > 0.1
     if n > 1:
         assert error(y[:, 5 : 5 + width], expanded(low.double(), 3, factors.roll(1, 0).double(), upright=True)) > 0.1
+    expand_(before, 5, *given, True)
+    added_to = draw(n * rows, width + 9, seed=2).double()[:, 5 : 5 + width]
+    assert error(before[:, 5 : 5 + width], added_to + exact) < RTOL
 
 
 @pytest.mark.parametrize("upright", [False, True])
@@ -69,12 +73,14 @@ def test_added(n: int, rows: int, width: int, rank: int, upright: bool):
     factors = [draw(n, rank, width, seed=3), draw(n, 3, 8, seed=4)]
     factors = factors if upright else [own.mT.contiguous() for own in factors]
     wide = [leaf.double() for leaf in (x, weight, low)]
-    exact = added(*wide, [own.double() for own in factors], False, upright=upright)
-    found = added(x, weight, low, factors, True, upright=upright)
+    exact = added([wide[0]], [wide[1]], wide[2], [own.double() for own in factors], False, upright=upright)
+    found = added([x], [weight], low, factors, True, upright=upright)
     assert error(found, exact) < 2 * RTOL  # rounded twice
-    assert error(added(x, weight, low, [2 * own for own in factors], True, upright=upright), exact) > 0.1
-    of_rows = added(x.view(n, rows, -1), weight, low, factors, True, upright=upright)
+    assert error(added([x], [weight], low, [2 * own for own in factors], True, upright=upright), exact) > 0.1
+    of_rows = added([x.view(n, rows, -1)], [weight], low, factors, True, upright=upright)
     assert of_rows.shape == (n, rows, width + 8) and torch.equal(of_rows.flatten(0, 1), found)
+    halves = added(x.chunk(2, -1), weight.chunk(2), low, factors, True, upright=upright)
+    assert error(halves, exact) < 3 * RTOL  # rounded once more
 
 
 @pytest.mark.parametrize("lead", [1, 2])
@@ -120,7 +126,7 @@ def test_a_diverged_adapter_leaves_others_alone():
     spoilt[0] = torch.nan
     x, weight = draw(2 * 37, 8, seed=3), draw(8, 72, seed=4)
     for one, other in (
-        (added(x, weight, low, [b], True), added(x, weight, low, [spoilt], True)),
+        (added([x], [weight], low, [b], True), added([x], [weight], low, [spoilt], True)),
         (contracted(dy, 0, low, 0, b, True)[0], contracted(dy, 0, low, 0, spoilt, True)[0]),
     ):
         assert torch.equal(one[37:], other[37:]) and other[:37].isnan().any()

@@ -121,7 +121,7 @@ def test_a_diverged_finetune_leaves_others_alone(where: int):
         assert torch.equal(own[half], theirs[half])
 
 
-MLP = [["h", "low_h"], ["y"], ["d_b", "d_low"], ["d_a", "d_bg", "d_bu", "d_gu", "d_low"], ["y"]]
+MLP = [["h", "low_h"], ["y"], ["d_b", "d_low"], ["d_a", "d_bg", "d_bu", "d_g", "d_low", "d_u"], ["y"]]
 """What the kernels of a gated MLP write to, forward and backward."""
 
 

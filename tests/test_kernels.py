@@ -65,7 +65,8 @@ def test_what_fits(dtype: torch.dtype):
 )
 @pytest.mark.parametrize(("rows", "width", "rank"), [(2048, 2048, 16), (37, 72, 5), (300, 3072, 64), (5, 40, 33)])
 def test_products_of_adapters_on_a_gpu(rows: int, width: int, rank: int):
-    """In bfloat16, rounded once: off by 2**-9 / sqrt(3) = 1.2e-3 by root mean square."""
+    """In bfloat16: off by 2**-9 / sqrt(3) = 1.1e-3 by root mean square where numbers fill their binade, and up to twice
+    that where they begin one; `added` is rounded twice."""
     n, generator = 3, torch.Generator("cuda").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -75,18 +76,18 @@ def test_products_of_adapters_on_a_gpu(rows: int, width: int, rank: int):
     x, weight = draw(n * rows, 64), draw(64, width) / 8
     found = (
         *contracted(dy, 8, low, 3, b, True),
-        added(x, weight, low, [b], True),
-        added(x, weight, low, [b.mT.contiguous()], True, upright=True),
+        added([x], [weight], low, [b], True),
+        added([x], [weight], low, [b.mT.contiguous()], True, upright=True),
     )
     dy, low, b, x, weight = (leaf.double() for leaf in (dy, low, b, x, weight))
     exact = (
         *contracted(dy, 8, low, 3, b, False),
-        *[added(x, weight, low, [b], False)] * 2,
+        *[added([x], [weight], low, [b], False)] * 2,
     )
     for own, other in zip(found, exact, strict=True):
         assert own.shape == other.shape and own.dtype == torch.bfloat16
         error = float((own.double() - other).norm() / other.norm())
-        assert 0 < error < 2e-3
+        assert 0 < error < 3e-3
 
 
 @pytest.mark.skipif(
@@ -136,9 +137,9 @@ def launches(monkeypatch: pytest.MonkeyPatch, rank: int) -> list[tuple[Any, tupl
     for module in (cross_entropy, gated, low_rank):
         monkeypatch.setattr(module, "wrap_triton", Noted)
     gated.gated._init_fn(gu, of_both, b, b, a, False)
-    gated.gated_backward._init_fn(gu, of_both, b, b, a, wide, low, False)
-    low_rank.expand_._init_fn(wide, 0, low, 0, b, False)
-    low_rank.expand_._init_fn(wide, 0, draw(n * rows, 3 * rank), 0, draw(n, 3 * rank, width), True)
+    gated.gated_backward_._init_fn(gu, of_both, b, b, a, wide, low, False)
+    low_rank.expand_._init_fn(wide, 0, low, 0, b, False, False)
+    low_rank.expand_._init_fn(wide, 0, draw(n * rows, 3 * rank), 0, draw(n, 3 * rank, width), True, True)
     low_rank.contract._init_fn(wide, low, b, 0, 0)
     cross_entropy.cross_entropy_._init_fn(wide, torch.empty(n * rows, dtype=torch.int64), -100)
     return found

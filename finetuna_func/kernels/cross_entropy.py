@@ -2,8 +2,8 @@
 
     loss = log(sum(exp(x))) - x[target]          x  <-  softmax(x), less one at the target
 
-Logits are the widest tensors of a language model. Here they are read twice, the second time while they are in the cache,
-and the gradient is written where they were, so that it takes no memory of its own. (As in Liger Kernel, arXiv
+Logits are the widest tensors of a language model. Here they are read twice, the second time while they are in the
+cache, and the gradient is written where they were, so that it takes no memory of its own. (As in Liger Kernel, arXiv
 2410.10989; the kernel is our own.)
 """
 
@@ -42,7 +42,7 @@ def _kernel(logits, targets, losses, width, ignored, DEEP: tl.constexpr, LANES: 
     loss = tl.where(inside, top - at + tl.log(norm), float("nan"))  # of a label that is none
     tl.store(losses + row, tl.where(target == ignored, 0.0, loss))
     tl.debug_barrier()  # all have read what is written now
-    scale = tl.where(target == ignored, 0.0, tl.where(inside, 1.0 / norm, float("nan")))
+    scale = tl.where(inside, tl.fdiv(1.0, norm), float("nan"))
     for start in range(0, width, DEEP * LANES):
         col = start + tile
         x = tl.load(own + col, mask=col < width, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)

@@ -27,7 +27,8 @@ SPLITS = 8  # of the columns, where rows alone would leave multiprocessors idle
 @triton.jit
 def _expand_kernel(
     low, factors, y, columns, first, y_columns, y_first, rows, width,
-    R: tl.constexpr, UPRIGHT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    R: tl.constexpr, UPRIGHT: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks, tiles = tl.cdiv(width, BLOCK_N), tl.cdiv(rows, BLOCK_M)
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -42,7 +43,10 @@ def _expand_kernel(
         at = of[:, None] * width + col[None, :] if UPRIGHT else col[None, :] * R + of[:, None]
         right = tl.load(factors + own * R * width + at, mask=kept & (of < R)[:, None], other=0.0)
         acc = tl.dot(left, right, acc)
-    tl.store(y + far * y_columns + y_first + col[None, :], acc.to(y.dtype.element_ty), mask=inside & kept)
+    place = y + far * y_columns + y_first + col[None, :]
+    if ADD:
+        acc += tl.load(place, mask=inside & kept, other=0.0).to(tl.float32)
+    tl.store(place, acc.to(y.dtype.element_ty), mask=inside & kept)
 
 
 @triton.jit
@@ -69,8 +73,8 @@ def _contract_kernel(
 
 
 @triton_op("finetuna_func::expand_", mutates_args={"y"})
-def expand_(y: Tensor, at: int, low: Tensor, first: int, factors: Tensor, upright: bool) -> None:
-    """Sets some columns of y to the products of some columns of low with the factors of each adapter.
+def expand_(y: Tensor, at: int, low: Tensor, first: int, factors: Tensor, upright: bool, add: bool) -> None:
+    """Sets some columns of y to the products of some columns of low with the factors of each adapter, or adds these.
 
     Args:
         y: ``(N * rows, all columns)``, bfloat16 or float16, contiguous like all others.
@@ -79,12 +83,13 @@ def expand_(y: Tensor, at: int, low: Tensor, first: int, factors: Tensor, uprigh
         first: The first of the r columns of low that are multiplied.
         factors: ``(N, width, r)``; upright ``(N, r, width)``.
         upright: Whether the factors are so.
+        add: Whether they are added to what y holds.
     """
     n, width, rank = (factors if not upright else factors.mT).shape
     rows = y.shape[0] // n
     wrap_triton(_expand_kernel)[(n * -(-rows // EXPAND_M) * -(-width // EXPAND_N),)](
         low, factors, y, low.shape[1], first, y.shape[1], at, rows, width,
-        R=rank, UPRIGHT=upright, BLOCK_R=min(BLOCK_R, padded(rank)), BLOCK_M=EXPAND_M, BLOCK_N=EXPAND_N,
+        R=rank, UPRIGHT=upright, ADD=add, BLOCK_R=min(BLOCK_R, padded(rank)), BLOCK_M=EXPAND_M, BLOCK_N=EXPAND_N,
         num_warps=EXPAND_WARPS,
     )  # fmt: skip
 
