@@ -161,8 +161,7 @@ def launch_backward(inputs: Tensors, tile: Tile) -> tuple[Launch, Tensors]:
         return kernel[(n * chunks * blocks,)](
             gu, low, b_g, b_u, a, d_h, d_low_h, d_g, d_u, d_low, d_bg, d_bu, d_a, total, rows, width, own.CHUNK,
             RG=rank_g, RU=rank_u, RH=rank_h, BG=padded(rank_g), BU=padded(rank_u), BH=padded(rank_h),
-            GELU=GELU, PAIRED=1, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-            num_warps=tile.warps, num_stages=tile.stages,
+            GELU=GELU, BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     return launch, (d_g, d_u, d_low, d_bg, d_bu, d_a)

@@ -6,14 +6,12 @@ In float16: the interpreter multiplies the bits of bfloat16 as integers. `test_g
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from finetuna_func._gated import _between, _between_backward
-from finetuna_func.kernels import gated
 
 
 @pytest.fixture(autouse=True)
@@ -72,33 +70,6 @@ def test_kernels_and_their_definition(n: int, rows: int, width: int, ranks: tupl
     if n > 1:
         with pytest.raises(AssertionError):  # and so are factors of the wrong adapter
             compare(found, _between(*wide[:2], *(factor.roll(1, 0) for factor in wide[2:]), gelu, False))
-
-
-@pytest.mark.parametrize(("n", "rows", "width", "ranks"), [own for own in SIZES if max(own[3]) <= 16])
-def test_blocks_of_columns_in_pairs(
-    n: int, rows: int, width: int, ranks: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-):
-    """As where programs are many; also of an odd number of blocks."""
-    launched: list[int] = []
-
-    class Noted:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            launched.extend(grid)
-            return self.kernel[grid]
-
-    monkeypatch.setattr(gated, "wrap_triton", Noted)
-    given = numbers(n, rows, width, ranks)
-    exact = _between_backward(*(leaf.double() for leaf in given), False, False)
-    for enough in (2**31, 0):
-        monkeypatch.setattr(gated, "ENOUGH", enough)
-        own = [leaf.clone() for leaf in given]
-        d_g, d_low, *d_factors = gated.gated_backward_._init_fn(*own, False)
-        compare((d_g, own[5], d_low.float().sum(0), *(part.sum(1) for part in d_factors)), exact)
-    blocks = -(-width // gated.BLOCK_N)
-    assert launched[1] * blocks == launched[0] * -(-blocks // 2)
 
 
 def test_a_diverged_adapter_leaves_others_alone():

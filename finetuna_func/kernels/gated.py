@@ -30,8 +30,6 @@ BLOCK_N = 64  # forward, twice as many for small ranks
 SMALL = 32  # ranks whose sums leave registers to two warps
 SPLITS = 4  # of the columns, forward: with fewer programs, multiprocessors would idle
 CHUNK = 1024  # rows whose sums one program forms, backward
-PAIRED = 2  # blocks of columns of one program, backward, where there are programs enough for that
-ENOUGH = 1024  # programs: two for each of the 528 that an H100 runs at a time
 
 
 @triton.jit
@@ -88,64 +86,57 @@ def _forward_kernel(
 def _backward_kernel(
     gu, low, b_g, b_u, a, d_h, d_low_h, d_g, d_u, d_low, d_bg, d_bu, d_a, total, rows, width, chunk,
     RG: tl.constexpr, RU: tl.constexpr, RH: tl.constexpr, BG: tl.constexpr, BU: tl.constexpr, BH: tl.constexpr,
-    GELU: tl.constexpr, PAIRED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    groups, chunks = tl.cdiv(width, BLOCK_N * PAIRED), tl.cdiv(rows, chunk)
-    group, tile = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
-    own, first = tile // chunks, (tile % chunks).to(tl.int32) * chunk
+    blocks, chunks = tl.cdiv(width, BLOCK_N), tl.cdiv(rows, chunk)
+    block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    own, first = (tile // chunks).to(tl.int64), (tile % chunks) * chunk
+    col = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    kept = (col < width)[None, :]
     of_g, of_u, of_h = tl.arange(0, BG), tl.arange(0, BU), tl.arange(0, BH)
     in_g, in_u, in_h = (of_g < RG)[None, :], (of_u < RU)[None, :], (of_h < RH)[None, :]
-    for block in range(group * PAIRED, group * PAIRED + PAIRED):
-        col = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        kept = (col < width)[None, :]
-        tl.debug_barrier()  # what a program has summed for one block is read for the next
-        bg_at, bu_at = own * width * RG + col[:, None] * RG, own * width * RU + col[:, None] * RU
-        bg = tl.load(b_g + bg_at + of_g[None, :], mask=(col < width)[:, None] & in_g, other=0.0)
-        bu = tl.load(b_u + bu_at + of_u[None, :], mask=(col < width)[:, None] & in_u, other=0.0)
-        a_at = own * RH * width + of_h[:, None] * width + col[None, :]
-        a_tile = tl.load(a + a_at, mask=kept & (of_h < RH)[:, None], other=0.0)
-        acc_g = tl.zeros([BLOCK_N, BG], tl.float32)
-        acc_u = tl.zeros([BLOCK_N, BU], tl.float32)
-        acc_h = tl.zeros([BLOCK_N, BH], tl.float32)
-        for start in range(first, tl.minimum(first + chunk, rows), BLOCK_M):
-            row = start + tl.arange(0, BLOCK_M)
-            inside = (row < rows)[:, None]
-            far = (own * rows + row)[:, None]
-            g_at, h_at = far * (2 * width) + col[None, :], far * width + col[None, :]
-            g = tl.load(gu + g_at, mask=inside & kept, other=0.0)
-            u = tl.load(gu + g_at + width, mask=inside & kept, other=0.0)
-            dh = tl.load(d_h + h_at, mask=inside & kept, other=0.0)
-            low_g = tl.load(low + far * (RG + RU) + of_g[None, :], mask=inside & in_g, other=0.0)
-            low_u = tl.load(low + far * (RG + RU) + RG + of_u[None, :], mask=inside & in_u, other=0.0)
-            dl = tl.load(d_low_h + far * RH + of_h[None, :], mask=inside & in_h, other=0.0)
-            g = tl.dot(low_g, tl.trans(bg), g.to(tl.float32))
-            u = tl.dot(low_u, tl.trans(bu), u.to(tl.float32))
-            dh = tl.dot(dl, a_tile, dh.to(tl.float32))
-            z, dz = _slope(g, GELU)
-            s = tl.sigmoid(z)
-            act = g * s
-            h = (act * u).to(d_g.dtype.element_ty)
-            dg = (dh * u * (s + act * (1.0 - s) * dz)).to(d_g.dtype.element_ty)
-            du = (dh * act).to(d_g.dtype.element_ty)
-            tl.store(d_g + h_at, dg, mask=inside & kept)
-            tl.debug_barrier()  # all warps have read what d_u may replace
-            tl.store(d_u + h_at, du, mask=inside & kept)
-            at = d_low + (group.to(tl.int64) * total + far) * (RG + RU)
-            d_low_g, d_low_u = tl.zeros([BLOCK_M, BG], tl.float32), tl.zeros([BLOCK_M, BU], tl.float32)
-            if PAIRED > 1:  # that of the block before
-                again = inside & (tl.zeros_like(row) + block > group * PAIRED)[:, None]
-                d_low_g = tl.load(at + of_g[None, :], mask=again & in_g, other=0.0).to(tl.float32)
-                d_low_u = tl.load(at + RG + of_u[None, :], mask=again & in_u, other=0.0).to(tl.float32)
-            d_low_g, d_low_u = tl.dot(dg, bg, d_low_g), tl.dot(du, bu, d_low_u)
-            tl.store(at + of_g[None, :], d_low_g.to(d_low.dtype.element_ty), mask=inside & in_g)
-            tl.store(at + RG + of_u[None, :], d_low_u.to(d_low.dtype.element_ty), mask=inside & in_u)
-            acc_g = tl.dot(tl.trans(dg), low_g, acc_g)
-            acc_u = tl.dot(tl.trans(du), low_u, acc_u)
-            acc_h = tl.dot(tl.trans(h), dl, acc_h)
-        far_col, kept_col = col[:, None], (col < width)[:, None]
-        tl.store(d_bg + (tile * width + far_col) * RG + of_g[None, :], acc_g, mask=kept_col & in_g)
-        tl.store(d_bu + (tile * width + far_col) * RU + of_u[None, :], acc_u, mask=kept_col & in_u)
-        tl.store(d_a + tile * RH * width + of_h[None, :] * width + far_col, acc_h, mask=kept_col & in_h)
+    bg_at, bu_at = own * width * RG + col[:, None] * RG, own * width * RU + col[:, None] * RU
+    bg = tl.load(b_g + bg_at + of_g[None, :], mask=(col < width)[:, None] & in_g, other=0.0)
+    bu = tl.load(b_u + bu_at + of_u[None, :], mask=(col < width)[:, None] & in_u, other=0.0)
+    a_at = own * RH * width + of_h[:, None] * width + col[None, :]
+    a_tile = tl.load(a + a_at, mask=kept & (of_h < RH)[:, None], other=0.0)
+    acc_g = tl.zeros([BLOCK_N, BG], tl.float32)
+    acc_u = tl.zeros([BLOCK_N, BU], tl.float32)
+    acc_h = tl.zeros([BLOCK_N, BH], tl.float32)
+    for start in range(first, tl.minimum(first + chunk, rows), BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        inside = (row < rows)[:, None]
+        far = (own * rows + row)[:, None]
+        g_at, h_at = far * (2 * width) + col[None, :], far * width + col[None, :]
+        g = tl.load(gu + g_at, mask=inside & kept, other=0.0)
+        u = tl.load(gu + g_at + width, mask=inside & kept, other=0.0)
+        dh = tl.load(d_h + h_at, mask=inside & kept, other=0.0)
+        low_g = tl.load(low + far * (RG + RU) + of_g[None, :], mask=inside & in_g, other=0.0)
+        low_u = tl.load(low + far * (RG + RU) + RG + of_u[None, :], mask=inside & in_u, other=0.0)
+        dl = tl.load(d_low_h + far * RH + of_h[None, :], mask=inside & in_h, other=0.0)
+        g = tl.dot(low_g, tl.trans(bg), g.to(tl.float32))
+        u = tl.dot(low_u, tl.trans(bu), u.to(tl.float32))
+        dh = tl.dot(dl, a_tile, dh.to(tl.float32))
+        z, dz = _slope(g, GELU)
+        s = tl.sigmoid(z)
+        act = g * s
+        h = (act * u).to(d_g.dtype.element_ty)
+        dg = (dh * u * (s + act * (1.0 - s) * dz)).to(d_g.dtype.element_ty)
+        du = (dh * act).to(d_g.dtype.element_ty)
+        tl.store(d_g + h_at, dg, mask=inside & kept)
+        tl.debug_barrier()  # all warps have read what d_u may replace
+        tl.store(d_u + h_at, du, mask=inside & kept)
+        at = d_low + (block.to(tl.int64) * total + far) * (RG + RU)
+        tl.store(at + of_g[None, :], tl.dot(dg, bg).to(d_low.dtype.element_ty), mask=inside & in_g)
+        tl.store(at + RG + of_u[None, :], tl.dot(du, bu).to(d_low.dtype.element_ty), mask=inside & in_u)
+        acc_g = tl.dot(tl.trans(dg), low_g, acc_g)
+        acc_u = tl.dot(tl.trans(du), low_u, acc_u)
+        acc_h = tl.dot(tl.trans(h), dl, acc_h)
+    tile = tile.to(tl.int64)
+    far_col, kept_col = col[:, None], (col < width)[:, None]
+    tl.store(d_bg + (tile * width + far_col) * RG + of_g[None, :], acc_g, mask=kept_col & in_g)
+    tl.store(d_bu + (tile * width + far_col) * RU + of_u[None, :], acc_u, mask=kept_col & in_u)
+    tl.store(d_a + tile * RH * width + of_h[None, :] * width + far_col, acc_h, mask=kept_col & in_h)
 
 
 @triton_op("finetuna_func::gated", mutates_args={})
@@ -201,19 +192,15 @@ def gated_backward_(
     small = max(rank_g, rank_u, rank_h) <= SMALL
     rows, blocks = total // n, -(-width // BLOCK_N)
     chunks = -(-rows // CHUNK)
-    # Of a length that the compiler leaves open, no such choice.
-    many = isinstance(rows, int) and n * chunks * blocks >= ENOUGH and max(rank_g, rank_u, rank_h) <= 16
-    paired = PAIRED if many else 1
-    groups = -(-blocks // paired)
     d_g = torch.empty_like(d_h)
-    d_low = gu.new_empty(groups, total, rank_g + rank_u)  # many: in float32 of r = 16 as much as d_h
+    d_low = gu.new_empty(blocks, total, rank_g + rank_u)  # many: in float32 of r = 16 as much as d_h
     d_bg, d_bu, d_a = (
         gu.new_empty(n, chunks, *shape, dtype=torch.float32)
         for shape in ((width, rank_g), (width, rank_u), (rank_h, width))
     )
-    wrap_triton(_backward_kernel)[(n * chunks * groups,)](
+    wrap_triton(_backward_kernel)[(n * chunks * blocks,)](
         gu, low, b_g, b_u, a, d_h, d_low_h, d_g, d_h, d_low, d_bg, d_bu, d_a, total, rows, width, CHUNK,
         RG=rank_g, RU=rank_u, RH=rank_h, BG=padded(rank_g), BU=padded(rank_u), BH=padded(rank_h),
-        GELU=gelu, PAIRED=paired, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=2 if small else 4, num_stages=1,
+        GELU=gelu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=2 if small else 4, num_stages=1,
     )  # fmt: skip
     return d_g, d_low, d_bg, d_bu, d_a
