@@ -594,9 +594,9 @@ def test_the_head_sees_the_same_pieces(base: ft.Base, monkeypatch: pytest.Monkey
     seen: list[int] = []
     original = _losses._head_losses
 
-    def noting(module: Any, call: Any, rows: Tensor, *rest: Any) -> Tensor:
-        seen.append(rows.shape[0])
-        return original(module, call, rows, *rest)
+    def noting(module: Any, call: Any, hidden: Tensor, *rest: Any) -> Tensor:
+        seen.append(hidden[..., 0].numel())
+        return original(module, call, hidden, *rest)
 
     monkeypatch.setattr(_losses, "_head_losses", noting)
     vmap(lambda t, x: ft.causal_lm_loss(base, t, x, chunk_tokens=10))(ft.stack(finetunes(base, N)), IDS)

@@ -48,6 +48,19 @@ def test_importing_the_library_imports_no_kernel():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_product_is_added_in_place():
+    """As torch checks operators; and the compiler calls it as it is, on the place that it is given."""
+    from finetuna_func.kernels.in_place import add_product_
+
+    y, x, w = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 5), (3, 4), (4, 5)))
+    torch.library.opcheck(torch.ops.finetuna_func.add_product_.default, (y.clone(), x, w))
+    own = y.clone()
+    add_product_(own, x, w)
+    torch.testing.assert_close(own, y + x @ w, rtol=1e-12, atol=1e-12)
+    with FakeTensorMode(), pytest.raises(RuntimeError):
+        add_product_(torch.empty(3, 5), torch.empty(3, 4), torch.empty(5, 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_what_fits(dtype: torch.dtype):
     half = dtype in (torch.float16, torch.bfloat16)

@@ -237,21 +237,25 @@ def from_peft(base: ft.Base, peft: Peft) -> ft.Finetuned:
     return adapters(base, QUERY_VALUE, r=8, alpha=16.0).replace(params=peft.values())
 
 
-@pytest.mark.timeout(1800)
-def test_int8_trains_like_peft_on_the_float_model(model, tokenizer, base):
-    """100 steps; the curves differ by what int8 does to the weights, by less than 1 %.
+@pytest.mark.parametrize(
+    "steps", [40, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])], ids="{} steps".format
+)
+def test_int8_trains_like_peft_on_the_float_model(model, tokenizer, base, steps):
+    """The curves differ by what int8 does to the weights, by less than 1 %.
 
     That has either sign and on a single batch of 64 tokens can be more (4 % at most, 0.6 % in the
     mean), as can the choice of another seed; so the curves are averaged over 10 steps. The slow test
     below has larger batches and compares step by step.
     """
-    batches = token_ids(tokenizer, "milton", 100, 2, 32)
+    batches = token_ids(tokenizer, "milton", steps, 2, 32)
     peft = Peft(model, QUERY_VALUE, r=8, alpha=16.0)
     tuned = from_peft(base, peft)
     ours, _ = train(base, tuned, batches, 1e-3)
     theirs = peft.train(batches, 1e-3)
     untrained = torch.stack([causal_loss(base)(None, ids) for ids in batches[-10:]])
-    print(f"over 10 steps {relative(smooth(ours), smooth(theirs)):.2%}, over one {relative(ours, theirs):.2%}")
+    print(
+        f"over 10 steps {relative(smooth(ours), smooth(theirs)):.2%}, over one {relative(ours, theirs):.2%}, mean {ours.mean() / theirs.mean() - 1:.2%}"
+    )
     assert relative(smooth(ours), smooth(theirs)) < 0.01
     assert abs(ours.mean() / theirs.mean() - 1) < 0.003
     assert 0 < relative(ours, theirs) < 0.08
