@@ -157,8 +157,7 @@ def _losses_in_pieces(
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         run, leaves = compiled(module, _head_gradients), {name: leaf.detach() for name, leaf in leaves.items()}
         use_kernels = kernels.available(hidden.device)  # which the compiler cannot ask
-        sums, d_leaves, d_hidden = within_call(run, hidden.detach(), constants, leaves, targets, size, use_kernels)
-        return sums, d_leaves, d_hidden if of_hidden else None
+        return within_call(run, hidden.detach(), constants, leaves, targets, size, of_hidden, use_kernels)
 
     hidden, listed = hidden.flatten(-3, -2), targets.flatten(-2)
     if summed:
@@ -197,11 +196,12 @@ def _head_gradients(
     leaves: dict[str, Tensor],
     targets: Tensor,
     size: int,
+    of_hidden: bool,
     use_kernels: bool,
     ignore_index: int,
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
     """What `gradients_of` returns of a few pieces, of ``size`` tokens each, as one graph."""
-    total, d_leaves, of_hidden = [], {}, []
+    total, d_leaves, d_hidden = [], {}, []
     for own, own_targets in zip(hidden.split(size, dim=-2), targets.split(size, dim=-1), strict=True):
 
         def logits_of(leaves: dict[str, Tensor], own: Tensor) -> Tensor:
@@ -212,8 +212,8 @@ def _head_gradients(
         found, d_own = pull(d_logits)
         d_leaves = {name: d_leaves[name] + found[name] for name in leaves} if d_leaves else found
         total.append(losses.sum(-1))
-        of_hidden.append(d_own)
-    return torch.stack(total).sum(0), d_leaves, torch.cat(of_hidden, dim=-2)
+        d_hidden.append(d_own)  # which the compiler does not compute if it is not returned
+    return torch.stack(total).sum(0), d_leaves, torch.cat(d_hidden, dim=-2) if of_hidden else None
 
 
 def _losses_and_gradients(

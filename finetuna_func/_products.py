@@ -129,8 +129,8 @@ def added(
         from finetuna_func.kernels.in_place import add_product_
         from finetuna_func.kernels.low_rank import expand_
 
-        # Of one product the sum starts with the adapters', which is the faster order. Of several, which are as wide
-        # as they are since memory is scarce, with the first of them: a place would be taken long before it is filled.
+        # Of one product the sum starts with the adapters', which is the faster order. Of several (gate and up in
+        # reverse, when memory is scarcest) with the first of them: an empty place is taken long before it is filled.
         several = len(rows) > 1
         y = rows[0] @ weights[0] if several else low.new_empty(low.shape[0], weights[0].shape[-1])
         products = list(zip(rows, weights, strict=True))

@@ -473,11 +473,17 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_compiled_head_is_one_graph_with_its_gradients(monkeypatch: pytest.MonkeyPatch):
-    base, asked = ft.quantize_base_model(SmallLm()), []
+    base, asked, formed = ft.quantize_base_model(SmallLm()), [], []
 
     def noted(module: torch.nn.Module, function: Any, *, remat: bool = False) -> Any:
+        def run(*args: Any) -> Any:
+            out = function(*args)
+            if function is _losses._head_gradients:
+                formed.append(out[2])
+            return out
+
         asked.append(function.__name__)
-        return function
+        return run
 
     monkeypatch.setattr(_losses, "compiled", noted)
     stacked = ft.stack(finetunes(base, N))
@@ -487,6 +493,13 @@ def test_a_compiled_head_is_one_graph_with_its_gradients(monkeypatch: pytest.Mon
     assert set(asked) == {"_head_gradients"}
     expected = gradients(whole, base, stacked, ids)
     assert_gradients(found, expected, FP32, unlike=gradients(whole, base, stacked, (ids + 1) % 32))
+    asked.clear()
+    assert formed[-1] is not None
+    head = ft.stack([ft.new_finetuned(base, adapt_layers=(), plain_layers=("top.0",))] * N)
+    found = gradients(ft.causal_lm_loss, base, head, ids, **options)  # none for hidden states
+    assert set(asked) == {"_head_gradients"} and formed[-1] is None
+    expected = gradients(whole, base, head, ids)
+    assert_gradients(found, expected, FP32, unlike=gradients(whole, base, head, (ids + 1) % 32))
     asked.clear()
     with torch.no_grad():
         ft.causal_lm_loss(base, stacked, ids, **options)

@@ -253,9 +253,7 @@ def test_int8_trains_like_peft_on_the_float_model(model, tokenizer, base, steps)
     ours, _ = train(base, tuned, batches, 1e-3)
     theirs = peft.train(batches, 1e-3)
     untrained = torch.stack([causal_loss(base)(None, ids) for ids in batches[-10:]])
-    print(
-        f"over 10 steps {relative(smooth(ours), smooth(theirs)):.2%}, over one {relative(ours, theirs):.2%}, mean {ours.mean() / theirs.mean() - 1:.2%}"
-    )
+    print(f"over 10 steps {relative(smooth(ours), smooth(theirs)):.2%}, over one {relative(ours, theirs):.2%}")
     assert relative(smooth(ours), smooth(theirs)) < 0.01
     assert abs(ours.mean() / theirs.mean() - 1) < 0.003
     assert 0 < relative(ours, theirs) < 0.08
