@@ -27,7 +27,7 @@ from finetuna_func._types import Base, Finetuned, Params
 
 _PIECE_BYTES = 2**28  # of logits; large enough to keep a GPU busy
 _PIECE_BYTES_CPU = 2**25  # larger tensors get memory from the system each time, and touching it anew takes longer
-_AT_ONCE = 4  # pieces in a compiled graph, which dequantizes the head's weight once for all of them
+_AT_ONCE = 4  # pieces in a compiled graph, which dequantizes a frozen head once for all of them
 
 
 def causal_lm_loss(
@@ -64,7 +64,7 @@ def causal_lm_loss(
         reduction: ``"mean"`` over the tokens that count (0 if there are none), ``"sum"``, or ``"none"`` for
             ``(..., B, T - 1)``.
         chunk_tokens: Tokens whose logits exist at a time, over all finetunes; by default as many as have 256 MiB
-            (on a CPU 32) of them in fp32, but 128 at least.
+            (on a CPU 32) of them at most, in fp32 or, compiled, in the model's dtype, but 128 at least.
         train: As for `apply`.
         rng: As for `apply` and `apply_stacked`.
         remat: As for `apply`.
@@ -150,8 +150,6 @@ def _losses_in_pieces(
         run = compiled(module, _head_losses) if compile and can_compile() else _head_losses
         return within_call(run, hidden, leaves, targets)
 
-    size = _piece_size(base, of_head, targets, n, chunk_tokens)
-
     def gradients(
         constants: dict[str, Tensor], leaves: dict[str, Tensor], hidden: Tensor, targets: Tensor, of_hidden: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
@@ -159,12 +157,16 @@ def _losses_in_pieces(
         use_kernels = kernels.available(hidden.device)  # which the compiler cannot ask
         return within_call(run, hidden.detach(), constants, leaves, targets, size, of_hidden, use_kernels)
 
+    compiles = compile and can_compile()
+    # Of a trained head, the compiler would keep the logits of all pieces for the gradient of its weight.
+    several = compiles and kernels.available(hidden.device) and not any(leaf.requires_grad for leaf in of_head.values())
+    # Eager, logits are there in fp32; compiled, in the model's dtype alone.
+    of_logit = hidden.element_size() if compiles and not several else 4
+    size = _piece_size(base, of_head, targets, n, chunk_tokens, of_logit)
     hidden, listed = hidden.flatten(-3, -2), targets.flatten(-2)
     if summed:
-        if not (compile and can_compile()):
-            return sum_of_pieces(piece, of_head, hidden, listed, size, n)
-        at_once = _AT_ONCE if kernels.available(hidden.device) else 1
-        return sum_of_pieces(piece, of_head, hidden, listed, size, n, gradients, at_once)
+        of_graph = gradients if compiles else None
+        return sum_of_pieces(piece, of_head, hidden, listed, size, n, of_graph, _AT_ONCE if several else 1)
     pieces = zip(hidden.split(size, dim=-2), listed.split(size, dim=-1), strict=True)
     losses = [rematerialized(piece)(of_head, own, own_targets) for own, own_targets in pieces]
     return torch.cat(losses, dim=-1).reshape(targets.shape)
@@ -229,23 +231,25 @@ def _losses_and_gradients(
     return losses, pull(torch.ones_like(losses))[0]
 
 
-def _piece_size(base: Base, of_head: Params, targets: Tensor, n: int | None, chunk_tokens: int | None) -> int:
+def _piece_size(
+    base: Base, of_head: Params, targets: Tensor, n: int | None, chunk_tokens: int | None, of_logit: int
+) -> int:
     """Tokens of one finetune in a piece. If one size fits, all pieces have it: a compiler makes code for each."""
     tokens = targets.shape[-2] * targets.shape[-1]
     if any(name.endswith("dropout_key") for name in of_head):
         return tokens  # a mask is drawn for all tokens together
     vocabulary = base.skeleton.shapes[f"{base.skeleton.head}.weight"][0]
-    most = max(1, piece_tokens(vocabulary, chunk_tokens, targets.device) // (n or 1))
+    most = max(1, piece_tokens(vocabulary, chunk_tokens, targets.device, of_logit) // (n or 1))
     fewest = -(-tokens // most)
     count = next((count for count in range(fewest, 2 * fewest) if tokens % count == 0), fewest)
     return -(-tokens // count)
 
 
-def piece_tokens(vocabulary: int, chunk_tokens: int | None, device: torch.device) -> int:
-    """Returns how many tokens have logits at a time."""
+def piece_tokens(vocabulary: int, chunk_tokens: int | None, device: torch.device, of_logit: int = 4) -> int:
+    """Returns how many tokens have logits at a time, of ``of_logit`` bytes each."""
     if chunk_tokens is not None:
         return chunk_tokens
-    return max(128, (_PIECE_BYTES_CPU if device.type == "cpu" else _PIECE_BYTES) // (4 * vocabulary))
+    return max(128, (_PIECE_BYTES_CPU if device.type == "cpu" else _PIECE_BYTES) // (of_logit * vocabulary))
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

@@ -97,10 +97,10 @@ def test_products_of_adapters_on_a_gpu(rows: int, width: int, rank: int):
         *contracted(dy, 8, low, 3, b, False),
         *[added([x], [weight], low, [b], False)] * 2,
     )
-    for own, other in zip(found, exact, strict=True):
+    for own, other, bound in zip(found, exact, (2e-3, 2e-3, 3e-3, 3e-3), strict=True):
         assert own.shape == other.shape and own.dtype == torch.bfloat16
         error = float((own.double() - other).norm() / other.norm())
-        assert 0 < error < 3e-3
+        assert 0 < error < bound
 
 
 @pytest.mark.skipif(

@@ -437,6 +437,7 @@ def test_the_size_of_a_piece_by_default(base: ft.Base, monkeypatch: pytest.Monke
     for device, nbytes in (("cuda", 2**28), ("meta", 2**28), ("cpu", 2**25)):
         where = torch.device(device)
         assert _losses.piece_tokens(32_000, None, where) == nbytes // 128_000
+        assert _losses.piece_tokens(32_000, None, where, 2) == nbytes // 64_000
         assert _losses.piece_tokens(10_000_000, None, where) == 128
         assert _losses.piece_tokens(32_000, 7, where) == 7
     seen: list[int] = []
@@ -507,6 +508,29 @@ def test_a_compiled_head_is_one_graph_with_its_gradients(monkeypatch: pytest.Mon
     asked.clear()
     gradients(ft.causal_lm_loss, base, stacked, ids, chunk_tokens=24)
     assert not asked
+
+
+def test_pieces_of_a_frozen_head_share_a_graph(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU. Of one that is trained, the compiler would keep the logits of each for its gradient."""
+    base, given = ft.quantize_base_model(SmallLm()), []
+    original = _losses._head_gradients
+
+    def noting(module: Any, call: Any, hidden: Tensor, *rest: Any) -> Any:
+        given.append((hidden.shape[-2], rest[3]))
+        return original(module, call, hidden, *rest)
+
+    monkeypatch.setattr(_losses, "_head_gradients", noting)
+    monkeypatch.setattr(_losses, "compiled", lambda module, function, remat=False: function)
+    monkeypatch.setattr(_losses.kernels, "available", lambda device: True)  # which takes no logits on a CPU
+    frozen = ft.stack(finetunes(base, N, adapt_layers={"fc"}, plain_layers=set()))
+    trained = ft.stack([ft.new_finetuned(base, adapt_layers=(), plain_layers=("top.0",))] * N)
+    ids = torch.arange(N * B * 10).view(N, B, 10) % 32
+    for stack, expected in ((frozen, [(16, 4), (4, 4)]), (trained, [(4, 4)] * 5)):
+        given.clear()
+        found = gradients(ft.causal_lm_loss, base, stack, ids, chunk_tokens=4 * N, compile="blocks")
+        assert given == expected
+        unlike = gradients(whole, base, stack, (ids + 1) % 32)
+        assert_gradients(found, gradients(whole, base, stack, ids), FP32, unlike=unlike)
 
 
 # --- errors
