@@ -587,7 +587,8 @@ def test_a_mapped_language_model_is_the_loop_is_the_stacked_one(case):
                 mine = found[name][i]
                 if g.shape != mine.shape:  # of a lower rank than another's
                     mine = mine[: g.shape[0]] if name.endswith("lora_a") else mine[:, : g.shape[1]]
-                assert (mine - g).abs().max() <= 1e-9 * size
+                # All gradients can be zero but for rounding: of keys, say, over a single position.
+                assert (mine - g).abs().max() <= 1e-9 * size + 1e-15
         if ids.numel() > len(tuned):
             assert abs(value - ft.value_and_grad(loss)(one, own[0], *own[1:3], own[3] + 1)[0]) > 1e-9 or not dropped(
                 one
