@@ -10,7 +10,8 @@ backward (five cotangents). For each of the two passes:
   op              the library's, as it stands
   tile ...        its kernel, launched with the rows, columns, warps and stages of --forward or --backward
 
-An op and its kernel leave the sums over parts to what comes after them; the composite has none to leave. Times are
+An op and its kernel leave the sums over parts to what comes after them, but for one that the op of the backward pass
+forms (of `low`'s cotangents, uncompiled here); the composite has none to leave. Times are
 medians, from CUDA events, with nothing in the L2 cache. Results of the op and of each tile are compared with the
 composite in float32: one that is off by more than 2**-6 gets "wrong" for a time, and one that does not compile or run
 the name of its error.
@@ -141,7 +142,7 @@ def launch_forward(inputs: Tensors, tile: Tile) -> tuple[Launch, Tensors]:
 
 
 def launch_backward(inputs: Tensors, tile: Tile) -> tuple[Launch, Tensors]:
-    """Returns what launches the kernel with a tile, as `gated_backward` does, and the tensors that it writes to."""
+    """Returns what launches the kernel with a tile, and the tensors that it writes to; the op launches it twice."""
     from finetuna_func.kernels import gated as own
 
     gu, low, b_g, b_u, a, d_h, d_low_h = inputs
@@ -159,7 +160,7 @@ def launch_backward(inputs: Tensors, tile: Tile) -> tuple[Launch, Tensors]:
 
     def launch() -> Any:
         return kernel[(n * chunks * blocks,)](
-            gu, low, b_g, b_u, a, d_h, d_low_h, d_g, d_u, d_low, d_bg, d_bu, d_a, total, rows, width, own.CHUNK,
+            gu, low, b_g, b_u, a, d_h, d_low_h, d_g, d_u, d_low, d_bg, d_bu, d_a, 0, total, rows, width, own.CHUNK,
             RG=rank_g, RU=rank_u, RH=rank_h, BG=padded(rank_g), BU=padded(rank_u), BH=padded(rank_h),
             GELU=GELU, BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -176,11 +177,12 @@ def summed_forward(outputs: Tensors) -> Tensors:
 def summed_backward(outputs: Tensors) -> Tensors:
     """Returns the cotangents of the gate, up, low, b_g, b_u and a."""
     d_g, d_u, d_low, *d_factors = outputs
-    return d_g, d_u, d_low.sum(0, dtype=torch.float32), *(part.sum(1) for part in d_factors)
+    d_low = d_low if d_low.ndim == 2 else d_low.sum(0, dtype=torch.float32)  # of the op a sum already
+    return d_g, d_u, d_low, *(part.sum(1) for part in d_factors)
 
 
 def backward_in_place(*inputs: Any) -> Tensors:
-    """Returns what `launch_backward` writes to, of the op, which replaces d_h."""
+    """Returns what `launch_backward` writes to, of the op, which replaces d_h and sums up d_low."""
     from finetuna_func.kernels.gated import gated_backward_
 
     d_g, *others = gated_backward_(*inputs)

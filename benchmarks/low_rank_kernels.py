@@ -48,7 +48,11 @@ def measured(adapters: int, rows: int, width: int, rank: int, rate: float, repea
         return lambda x, weight, low, b: (added([x], [weight.mT], low, [b], use_kernels),)
 
     def contract(use_kernels: bool) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda dy, low, b: contracted(dy, 0, low, 0, b, use_kernels)
+        def run(dy: Tensor, low: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+            d_low, d_bs = contracted(dy, low, [b], use_kernels)
+            return d_low, *d_bs
+
+        return run
 
     for name, product, given in (("added", both, (x, weight, low, b)), ("contract", contract, (x, low, b))):
         exact = product(False)(*(leaf.float() for leaf in given))

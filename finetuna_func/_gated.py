@@ -11,15 +11,16 @@ The models of the field write this one line alike, over and over, so it is known
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetuna_func import kernels
-from finetuna_func._layers import Call, divided_by_rows, fused_parts, has_hooks, is_plain_linear
+from finetuna_func._layers import Call, divided_by_rows, fused_parts, has_hooks, int8_codes, is_plain_linear
 from finetuna_func._ops import compute_dtype
-from finetuna_func._products import added, by_rows, contracted, summed
+from finetuna_func._products import Codes, added, by_rows, contracted, summed
 
 _CHILDREN = ("gate_proj", "up_proj", "down_proj")
 _ACTIVATIONS = {  # whether it is GELU, in its tanh form
@@ -89,10 +90,12 @@ def _run(module: nn.Module, x: Tensor) -> Tensor | None:
     call: Call = module._ft_call  # type: ignore[assignment]
     use_kernels = call.kernels and kernels.fits(x, (b_g.shape[-1], b_u.shape[-1], a_d.shape[-2]))
     gelu = _ACTIVATIONS[_activation(module)]
-    weight = torch.cat([w_g, w_u])
-    return gated_mlp(
-        x, torch.cat([a_g, a_u], dim=-2), b_g, b_u, a_d, b_d, weight, w_d, gelu=gelu, use_kernels=use_kernels
+    a, weight, codes = (
+        torch.cat([a_g, a_u], dim=-2),
+        torch.cat([w_g, w_u]),
+        (int8_codes(layers[0]), int8_codes(layers[1])),
     )
+    return gated_mlp(x, a, b_g, b_u, a_d, b_d, weight, w_d, codes, gelu=gelu, use_kernels=use_kernels)
 
 
 def gated_mlp(
@@ -104,6 +107,7 @@ def gated_mlp(
     b_down: Tensor,
     weight: Tensor,
     down: Tensor,
+    codes: Sequence[Codes | None] = (None, None),
     *,
     gelu: bool = False,
     use_kernels: bool = False,
@@ -121,6 +125,8 @@ def gated_mlp(
         b_down: ``(N, out, r)``.
         weight: That of gate on top of that of up, ``(2 F, in)``, frozen.
         down: ``(out, F)``, frozen.
+        codes: Those of gate and of up with their scales, if ``weight`` is made of int8. With kernels each is then made
+            again in the backward pass by itself, for the time of its product.
         gelu: Whether ``act`` is GELU in its tanh form, and not SiLU.
         use_kernels: Whether what lies between is computed by `kernels.gated`, and adapters' products elsewhere by
             `kernels.low_rank`.
@@ -133,7 +139,9 @@ def gated_mlp(
     factors = [a, b_gate, b_up, a_down, b_down]
     if a.ndim == 2:
         factors = [factor.unsqueeze(0) for factor in factors]
-    return _GatedMlp.apply(x, *factors, weight, down, gelu, use_kernels)
+    known = [own for own in codes if own is not None] if use_kernels else []
+    of_both = [leaf for own in known for leaf in own] if len(known) == 2 else []
+    return _GatedMlp.apply(x, *factors, weight, down, gelu, use_kernels, *of_both)
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -150,21 +158,23 @@ class _GatedMlp(torch.autograd.Function):
         down: Tensor,
         gelu: bool,
         use_kernels: bool,
+        *codes: Tensor,
     ) -> Tensor:
         n = a.shape[0]
         low = by_rows(x, n, a.mT)
         gu = x.reshape(-1, x.shape[-1]) @ weight.mT
         h, low_h = _between(gu, low.reshape(-1, low.shape[-1]), b_g, b_u, a_d, gelu, use_kernels)
         y = added([h.view(*x.shape[:-1], h.shape[-1])], [down.mT], low_h, [b_d], use_kernels)
-        ctx.save_for_backward(x, a, b_g, b_u, a_d, b_d, weight, down, low, gu, low_h)
+        ctx.save_for_backward(x, a, b_g, b_u, a_d, b_d, down, low, gu, low_h, *(codes or weight.chunk(2)))
         ctx.how = gelu, use_kernels
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b_g, b_u, a_d, b_d, weight, down, low, gu, low_h = ctx.saved_tensors
+        x, a, b_g, b_u, a_d, b_d, down, low, gu, low_h, *saved = ctx.saved_tensors
+        weights = [(saved[0], saved[1]), (saved[2], saved[3])] if len(saved) == 4 else saved
         (dy,), n = grads, a.shape[0]
-        d_low_h, d_bd = contracted(dy, 0, low_h.view(*dy.shape[:-1], -1), 0, b_d, ctx.how[1])
+        d_low_h, (d_bd,) = contracted(dy, low_h.view(*dy.shape[:-1], -1), [b_d], ctx.how[1])
         d_low_h = d_low_h.reshape(low_h.shape)
         d_h = dy.reshape(-1, dy.shape[-1]) @ down
         low_rows = low.reshape(-1, low.shape[-1])
@@ -172,8 +182,8 @@ class _GatedMlp(torch.autograd.Function):
         d_x = None
         if ctx.needs_input_grad[0]:
             wide = [own.view(*x.shape[:-1], -1) for own in (d_g, d_u)]
-            d_x = added(wide, weight.chunk(2), d_low, [a], ctx.how[1], upright=True)
-        return d_x, summed(d_low, x, n), d_bg, d_bu, d_ad, d_bd, None, None, None, None
+            d_x = added(wide, weights, d_low, [a], ctx.how[1], upright=True)
+        return d_x, summed(d_low, x, n), d_bg, d_bu, d_ad, d_bd, *([None] * (4 + len(saved) // 4 * 4))
 
 
 def _between(
@@ -209,7 +219,6 @@ def _between_backward(
 
         factors = (b_g.contiguous(), b_u.contiguous(), a.contiguous())
         d_g, d_low, *d_factors = gated_backward_(gu, low, *factors, d_h, d_low_h.contiguous(), gelu)
-        d_low = d_low.sum(0, dtype=torch.float32).to(gu.dtype)
         return d_g, d_h, d_low, *(part.sum(1).to(gu.dtype) for part in d_factors)
     g, u = _gate_and_up(gu, low, b_g, b_u)
     low, d_low_h = low.view(n, -1, low.shape[-1]), d_low_h.view(n, -1, d_low_h.shape[-1])

@@ -31,7 +31,7 @@ from finetuna_func._levels import inside_transform
 from finetuna_func._low_rank import with_low_rank
 from finetuna_func._ops import compute_dtype, frozen_matmul
 from finetuna_func._products import adapted_products
-from finetuna_func._quant import SUFFIXES, Scheme
+from finetuna_func._quant import SUFFIXES, Int8, Scheme
 from finetuna_func._types import AdapterKind
 
 Leaves = Mapping[str, Tensor]
@@ -534,6 +534,15 @@ def fused_parts(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | 
     binding: Binding = layer._ft  # type: ignore[assignment]
     weight = binding.scheme.dequantize(x.dtype, *_quantized(leaves, binding.scheme))
     return weight, effective_factors(leaves)[0].to(x.dtype), _scaled_b(leaves, x.dtype)
+
+
+def int8_codes(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Returns the codes of a layer's weight and the scales of their rows, if it is these, int8 and float32."""
+    binding, leaves = layer._ft, leaves_of(layer)
+    if not isinstance(binding, Binding) or type(binding.scheme) is not Int8:
+        return None
+    codes, scales = _quantized(leaves, binding.scheme)
+    return (codes, scales) if scales.dtype == torch.float32 else None
 
 
 def _fused(layer: nn.Module, leaves: Leaves, x: Tensor) -> Tensor:

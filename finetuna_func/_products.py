@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 _FEW = 16  # parts
+
+Codes: TypeAlias = "tuple[Tensor, Tensor]"
+"""Of a matrix: int8 codes, and a float32 scale of each of their rows."""
 
 
 def adapted_products(
@@ -87,25 +90,23 @@ class _AdaptedProducts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, *rest = ctx.saved_tensors
         weights, bs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        n, widths, ranks = a.shape[0], [w.shape[0] for w in weights], [b.shape[-1] for b in bs]
+        n, rank = a.shape[0], sum(b.shape[-1] for b in bs)
         g = _cat(grads, dim=-1)
-        places = zip(_firsts(widths), _firsts(ranks), bs, strict=True)
-        found = [contracted(g, first, low, at, b, ctx.use_kernels) for first, at, b in places]
-        grad_low = torch.cat([own for own, _ in found], dim=-1)
+        grad_low, grad_bs = contracted(g, low, bs, ctx.use_kernels)
         grad_x = None
         if ctx.needs_input_grad[0]:
             rows, low_rows = g.reshape(-1, g.shape[-1]), grad_low.reshape(-1, grad_low.shape[-1])
-            if _takes_up(rows, x.shape[-1], n * sum(ranks)):
-                grad_x = _taken_up(rows, low_rows.view(n, -1, sum(ranks)), _cat(weights).mT, a.mT).view(x.shape)
+            if _takes_up(rows, x.shape[-1], n * rank):
+                grad_x = _taken_up(rows, low_rows.view(n, -1, rank), _cat(weights).mT, a.mT).view(x.shape)
             else:
                 grad_x = added([g], [_cat(weights)], low_rows, [a], ctx.use_kernels, upright=True)
         grad_a = summed(grad_low, x, n)
-        return grad_x, grad_a, None, *([None] * len(weights)), *(d_b for _, d_b in found)
+        return grad_x, grad_a, None, *([None] * len(weights)), *grad_bs
 
 
 def added(
     xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | Sequence[Codes],
     low: Tensor,
     factors: Sequence[Tensor],
     use_kernels: bool,
@@ -116,35 +117,54 @@ def added(
 
     Args:
         xs: ``(N * rows, ..., in)`` each.
-        weights: ``(in, width)`` each.
+        weights: ``(in, width)`` each; with kernels also, of each, int8 codes and the scales of their rows.
         low: ``(N * rows, all columns)``; of the adapters of layers side by side, one after another.
         factors: ``(N, own width, r)`` of each of them; upright ``(N, r, own width)``.
         use_kernels: Whether `kernels` computes them, the frozen products being added in place.
         upright: Whether the factors are so.
     """
-    rows, shape = [x.reshape(-1, x.shape[-1]) for x in xs], (*xs[0].shape[:-1], weights[0].shape[-1])
-    factors = [own if upright else own.mT for own in factors]
-    widths, ranks = [own.shape[2] for own in factors], [own.shape[1] for own in factors]
+    axis = 2 if upright else 1
+    widths, ranks = [own.shape[axis] for own in factors], [own.shape[3 - axis] for own in factors]
+    rows, shape = [x.reshape(-1, x.shape[-1]) for x in xs], (*xs[0].shape[:-1], sum(widths))
+    products = list(zip(rows, weights, strict=True))
     if use_kernels:
-        from finetuna_func.kernels.in_place import add_product_
-        from finetuna_func.kernels.low_rank import expand_
+        from finetuna_func.kernels.in_place import add_product_, add_product_of_codes_
+        from finetuna_func.kernels.low_rank import expand_, runs
 
-        # Of one product the sum starts with the adapters', which is the faster order. Of several (gate and up in
-        # reverse, when memory is scarcest) with the first of them: an empty place is taken long before it is filled.
-        several = len(rows) > 1
-        y = rows[0] @ weights[0] if several else low.new_empty(low.shape[0], weights[0].shape[-1])
-        products = list(zip(rows, weights, strict=True))
-        for x, weight in products[1:]:
-            add_product_(y, x, weight)
-        for at, first, own in zip(_firsts(widths), _firsts(ranks), factors, strict=True):
-            expand_(y, at, low, first, own if upright else own.mT.contiguous(), upright, several)
-        if not several:
-            add_product_(y, *products[0])
+        # The sum starts with the adapters' products, which is the faster order. But not that of several weights which
+        # the compiler dequantizes, when memory is scarcest: an empty place is taken long before it is filled.
+        start = weights[0] if len(products) > 1 and isinstance(weights[0], Tensor) else None
+        y = low.new_empty(low.shape[0], sum(widths)) if start is None else rows[0] @ start
+
+        def add_adapters() -> None:
+            for run in runs(widths, ranks):
+                own = _cat(factors[run], axis).contiguous()
+                expand_(
+                    y,
+                    sum(widths[: run.start]),
+                    low,
+                    sum(ranks[: run.start]),
+                    own,
+                    widths[run],
+                    upright,
+                    start is not None,
+                )
+
+        if start is None:
+            add_adapters()
+        for x, weight in products[start is not None :]:
+            if isinstance(weight, Tensor):
+                add_product_(y, x, weight)
+            else:
+                add_product_of_codes_(y, x, *weight)
+        if start is not None:
+            add_adapters()
         return y.view(shape)
+    factors = [own if upright else own.mT for own in factors]
     parts = [expanded(low, first, own, upright=True) for first, own in zip(_firsts(ranks), factors, strict=True)]
     # Of three axes, if x is, or the compiler takes the sum for an `addmm`, which copies one part first.
-    products = [(x @ weight).view(shape) for x, weight in zip(rows, weights, strict=True)]
-    return functools.reduce(torch.add, [*products, _cat(parts, -1).view(shape)])
+    plain = [(x @ weight).view(shape) for x, weight in products if isinstance(weight, Tensor)]
+    return functools.reduce(torch.add, [*plain, _cat(parts, -1).view(shape)])
 
 
 def expanded(low: Tensor, first: int, factors: Tensor, *, upright: bool = False) -> Tensor:
@@ -161,29 +181,36 @@ def expanded(low: Tensor, first: int, factors: Tensor, *, upright: bool = False)
     return torch.bmm(own.reshape(factors.shape[0], -1, own.shape[-1]), factors).flatten(0, 1)
 
 
-def contracted(dy: Tensor, first: int, low: Tensor, at: int, b: Tensor, use_kernels: bool) -> tuple[Tensor, Tensor]:
-    """Returns the cotangents of low and of B where ``low @ B.T`` has the cotangent dy.
+def contracted(dy: Tensor, low: Tensor, bs: Sequence[Tensor], use_kernels: bool) -> tuple[Tensor, list[Tensor]]:
+    """Returns the cotangents of low and of each B, where what layers side by side put out has the cotangent dy.
 
     Args:
-        dy: ``(N * rows, ..., all columns)``, of which those of B are ``width`` from ``first`` on.
-        first: Their first.
-        low: ``(N * rows, ..., all columns)``, of which those of B are r from ``at`` on.
-        at: Their first.
-        b: ``(N, width, r)``.
+        dy: ``(N * rows, ..., all columns)``, of one layer after another.
+        low: ``(N * rows, ..., all columns)``, likewise: what is multiplied by the B's.
+        bs: ``(N, own width, r)`` of each layer.
         use_kernels: Whether `kernels.low_rank` computes them, reading dy once.
 
     Returns:
-        ``(N * rows, ..., r)`` and ``(N, width, r)``.
+        That of low, and ``(N, own width, r)`` for each layer.
     """
-    n, width, rank = b.shape
+    n, widths, ranks = bs[0].shape[0], [b.shape[1] for b in bs], [b.shape[2] for b in bs]
+    d_lows: list[Tensor] = []
+    d_bs: list[Tensor] = []
     if use_kernels:
-        from finetuna_func.kernels.low_rank import contract
+        from finetuna_func.kernels.low_rank import contract, parts_of, runs
 
         rows, lows = dy.reshape(-1, dy.shape[-1]).contiguous(), low.reshape(-1, low.shape[-1]).contiguous()
-        d_low, d_b = contract(rows, lows, b.contiguous(), first, at)
-        return _sum(d_low, 0).to(dy.dtype).view(*dy.shape[:-1], rank), _sum(d_b, 1).to(dy.dtype)
-    own, low = dy[..., first : first + width], low[..., at : at + rank]
-    return by_rows(own, n, b).view(*dy.shape[:-1], rank), summed(own, low, n)
+        for run in runs(widths, ranks):
+            b, own = _cat(bs[run], 1).contiguous(), widths[run]
+            d_low, d_b = contract(rows, lows, b, own, sum(widths[: run.start]), sum(ranks[: run.start]))
+            d_lows += [_sum(parts, 0).to(dy.dtype) for parts in d_low.split(parts_of(own))]
+            d_bs += [_sum(parts, 1).to(dy.dtype) for parts in d_b.split(own, dim=2)]
+        return _cat(d_lows, -1).view(low.shape), d_bs
+    for first, at, b in zip(_firsts(widths), _firsts(ranks), bs, strict=True):
+        g, own = dy[..., first : first + b.shape[1]], low[..., at : at + b.shape[2]]
+        d_lows.append(by_rows(g, n, b).view(*dy.shape[:-1], b.shape[2]))
+        d_bs.append(summed(g, own, n))
+    return _cat(d_lows, -1), d_bs
 
 
 def by_rows(x: Tensor, n: int, factors: Tensor) -> Tensor:

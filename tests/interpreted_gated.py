@@ -6,6 +6,7 @@ In float16: the interpreter multiplies the bits of bfloat16 as integers. `test_g
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,29 @@ def test_kernels_and_their_definition(n: int, rows: int, width: int, ranks: tupl
     if n > 1:
         with pytest.raises(AssertionError):  # and so are factors of the wrong adapter
             compare(found, _between(*wide[:2], *(factor.roll(1, 0) for factor in wide[2:]), gelu, False))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_half_of_the_finetunes_at_a_time(n: int, monkeypatch: pytest.MonkeyPatch):
+    """Where that leaves enough programs for a launch; bitwise what one launch computes."""
+    from finetuna_func.kernels import gated
+
+    *leaves, d_h, d_low_h = numbers(n, 70, 136, (4, 8, 2))
+    launches: list[int] = []
+
+    def noted(kernel: Any) -> Any:
+        launches.append(1)
+        return kernel
+
+    monkeypatch.setattr(gated, "wrap_triton", noted)
+    whole = _between_backward(*leaves, d_h.clone(), d_low_h, False, True)
+    monkeypatch.setattr(gated, "ENOUGH", n // 2 * 3)
+    halves = _between_backward(*leaves, d_h.clone(), d_low_h, False, True)
+    assert len(launches) == 1 + 2
+    assert all(torch.equal(own, other) for own, other in zip(whole, halves, strict=True))
+    monkeypatch.setattr(gated, "ENOUGH", n // 2 * 3 + 1)
+    _between_backward(*leaves, d_h.clone(), d_low_h, False, True)
+    assert len(launches) == 4
 
 
 def test_a_diverged_adapter_leaves_others_alone():

@@ -51,7 +51,7 @@ def test_expand(n: int, rows: int, width: int, rank: int, upright: bool):
     low, factors, y = draw(n * rows, rank + 7), draw(n, rank, width, seed=1), draw(n * rows, width + 9, seed=2)
     low[:, :3], low[:, 3 + rank :] = torch.nan, torch.nan
     before = y.clone()
-    given = low, 3, factors if upright else factors.mT.contiguous(), upright
+    given = low, 3, factors if upright else factors.mT.contiguous(), [width], upright
     expand_(y, 5, *given, False)
     exact = expanded(low.double(), 3, factors.double(), upright=True)
     assert error(y[:, 5 : 5 + width], exact) < RTOL
@@ -83,22 +83,71 @@ def test_added(n: int, rows: int, width: int, rank: int, upright: bool):
     assert error(halves, exact) < 3 * RTOL  # rounded once more
 
 
-@pytest.mark.parametrize("lead", [1, 2])
-@pytest.mark.parametrize(("n", "rows", "width", "rank"), SIZES)
-def test_contracted(n: int, rows: int, width: int, rank: int, lead: int):
-    """Of some columns of dy and of low, with NaN in all others."""
-    dy, low, b = draw(n * rows, width + 11), draw(n * rows, rank + 7, seed=1), draw(n, width, rank, seed=2)
-    dy[:, :5], dy[:, 5 + width :], low[:, :3], low[:, 3 + rank :] = (torch.nan,) * 4
-    if lead == 2:
+LAYERS = {  # widths and ranks
+    "one": [(128, 16)],
+    "one, of an odd size": [(300, 5)],
+    "side by side in one launch": [(512, 16), (256, 16), (256, 16)],
+    "of five the first three, and the others": [(256, 3)] * 5,
+    "of other ranks": [(256, 4), (256, 9)],
+    "of widths that are no whole tiles": [(72, 4), (40, 4), (700, 33)],
+}
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("three_axes", [False, True])
+def test_contracted(layers: list[tuple[int, int]], three_axes: bool):
+    n, rows = 2, 37
+    dy, low = draw(n * rows, sum(w for w, _ in layers)), draw(n * rows, sum(r for _, r in layers), seed=1)
+    bs = [draw(n, *sizes, seed=2 + i) for i, sizes in enumerate(layers)]
+    if three_axes:
         dy, low = dy.view(n, rows, -1), low.view(n, rows, -1)
-    found = contracted(dy, 5, low, 3, b, True)
-    exact = contracted(dy.double(), 5, low.double(), 3, b.double(), False)
-    others = contracted(dy.double(), 5, low.double(), 3, 2 * b.double(), False)[0], exact[1].roll(1, -1)
-    for own, other, wrong in zip(found, exact, others, strict=True):
+    found, exact = (
+        (d_low, *d_bs)
+        for d_low, d_bs in (
+            contracted(dy, low, bs, True),
+            contracted(dy.double(), low.double(), [b.double() for b in bs], False),
+        )
+    )
+    assert found[0].shape == low.shape
+    for own, other in zip(found, exact, strict=True):
         assert error(own, other) < RTOL
-        assert error(own, wrong) > 0.1
-    again = contracted(dy, 5, low, 3, b, True)
-    assert all(torch.equal(own, other) for own, other in zip(found, again, strict=True))
+        assert error(own, other.roll(1, -1)) > 0.1 and error(own, other.roll(1, 0)) > 0.1
+    d_low, d_bs = contracted(dy, low, bs, True)
+    assert all(torch.equal(own, other) for own, other in zip(found, (d_low, *d_bs), strict=True))
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+def test_expanded_side_by_side(layers: list[tuple[int, int]]):
+    n, rows = 2, 37
+    x, weight = draw(n * rows, 24), draw(24, sum(w for w, _ in layers), seed=1) / 24**0.5
+    low = draw(n * rows, sum(r for _, r in layers), seed=2)
+    bs = [draw(n, *sizes, seed=3 + i) for i, sizes in enumerate(layers)]
+    found = added([x], [weight], low, bs, True)
+    exact = added([x.double()], [weight.double()], low.double(), [b.double() for b in bs], False)
+    assert error(found, exact) < 2 * RTOL  # rounded twice
+    for own in ([*bs[1:], bs[0].roll(1, 0)], [b.roll(1, 2) for b in bs]):
+        if [b.shape for b in own] == [b.shape for b in bs]:
+            assert error(added([x], [weight], low, own, True), exact) > 0.1
+
+
+def test_products_of_codes():
+    """Of gate and up in reverse: bitwise what the same matrices give, the codes being dequantized as elsewhere."""
+    from finetuna_func._quant import Int8
+    from finetuna_func.kernels.dequantize import dequantize
+
+    for shape in ((37, 72), (5, 2048), (3, 2049)):
+        leaves = tuple(Int8().quantize(draw(*shape).float()).values())
+        for dtype in (torch.float16, torch.float32):  # the interpreter cuts off what bfloat16 has no bits for
+            assert torch.equal(dequantize(*leaves, dtype), Int8().dequantize(dtype, *leaves))
+    codes = [tuple(Int8().quantize(draw(40, 72, seed=i).float()).values()) for i in (1, 2)]
+    weights = [Int8().dequantize(torch.float16, *own) for own in codes]
+    xs, low, a = [draw(74, 40, seed=3), draw(74, 40, seed=4)], draw(74, 4, seed=5), draw(2, 4, 72, seed=6)
+    found = added(xs, codes, low, [a], True, upright=True)
+    exact = added(
+        [x.double() for x in xs], [w.double() for w in weights], low.double(), [a.double()], False, upright=True
+    )
+    assert error(found, exact) < 3 * RTOL
+    assert error(added(xs, codes[::-1], low, [a], True, upright=True), exact) > 0.1
 
 
 @pytest.mark.parametrize("layers", [[(24, 4)], [(24, 4), (16, 2), (8, 5)]], ids=["one layer", "three layers"])
@@ -127,6 +176,6 @@ def test_a_diverged_adapter_leaves_others_alone():
     x, weight = draw(2 * 37, 8, seed=3), draw(8, 72, seed=4)
     for one, other in (
         (added([x], [weight], low, [b], True), added([x], [weight], low, [spoilt], True)),
-        (contracted(dy, 0, low, 0, b, True)[0], contracted(dy, 0, low, 0, spoilt, True)[0]),
+        (contracted(dy, low, [b], True)[0], contracted(dy, low, [spoilt], True)[0]),
     ):
         assert torch.equal(one[37:], other[37:]) and other[:37].isnan().any()

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetuna_func import kernels
 from finetuna_func._products import added, contracted
+from finetuna_func._quant import Int8
 
 
 def triton_version() -> tuple[int, ...]:
@@ -61,6 +62,21 @@ def test_a_product_is_added_in_place():
         add_product_(torch.empty(3, 5), torch.empty(3, 4), torch.empty(5, 4))
 
 
+def test_a_product_of_codes_is_added_in_place():
+    from finetuna_func.kernels.in_place import add_product_of_codes_
+
+    y, x = torch.randn(3, 5), torch.randn(3, 4)
+    codes, scales = Int8().quantize(torch.randn(4, 5)).values()
+    torch.library.opcheck(torch.ops.finetuna_func.add_product_of_codes_.default, (y.clone(), x, codes, scales))
+    own = y.clone()
+    add_product_of_codes_(own, x, codes, scales)
+    exact = y.double() + x.double() @ (codes.double() * scales.double().unsqueeze(-1))
+    torch.testing.assert_close(own.double(), exact, rtol=0, atol=1e-5)  # sums of a few numbers in float32
+    assert (own - y).abs().max() > 0.1
+    with FakeTensorMode(), pytest.raises(RuntimeError):
+        add_product_of_codes_(torch.empty(3, 5), torch.empty(3, 4), torch.empty(5, 4), torch.empty(5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_what_fits(dtype: torch.dtype):
     half = dtype in (torch.float16, torch.bfloat16)
@@ -76,28 +92,46 @@ def test_what_fits(dtype: torch.dtype):
 @pytest.mark.skipif(
     not torch.cuda.is_available() or not kernels.available(torch.device("cuda", 0)), reason="needs a GPU and Triton"
 )
-@pytest.mark.parametrize(("rows", "width", "rank"), [(2048, 2048, 16), (37, 72, 5), (300, 3072, 64), (5, 40, 33)])
-def test_products_of_adapters_on_a_gpu(rows: int, width: int, rank: int):
+@pytest.mark.parametrize(
+    ("rows", "widths", "rank"),
+    [(2048, [2048], 16), (37, [72], 5), (300, [3072], 64), (5, [40], 33), (500, [2048, 512, 512], 16)],
+)
+def test_products_of_adapters_on_a_gpu(rows: int, widths: list[int], rank: int):
     """In bfloat16: off by 2**-9 / sqrt(3) = 1.1e-3 by root mean square where numbers fill their binade, and up to twice
-    that where they begin one; `added` is rounded twice."""
-    n, generator = 3, torch.Generator("cuda").manual_seed(0)
+    that where they begin one; `added` is rounded twice, and once more of two products."""
+    from finetuna_func.kernels.dequantize import dequantize
+
+    n, width, generator = 3, sum(widths), torch.Generator("cuda").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cuda").bfloat16()
 
-    dy, low, b = draw(n * rows, width + 8), draw(n * rows, rank + 3), draw(n, width, rank)
-    x, weight = draw(n * rows, 64), draw(64, width) / 8
+    dy, low, bs = draw(n * rows, width), draw(n * rows, rank * len(widths)), [draw(n, own, rank) for own in widths]
+    x, weight, a = draw(n * rows, 64), draw(64, width) / 8, draw(n, low.shape[1], width)
+    codes = [tuple(Int8().quantize(weight.float()).values()) for _ in range(2)]
+    d_low, d_bs = contracted(dy, low, bs, True)
     found = (
-        *contracted(dy, 8, low, 3, b, True),
-        added([x], [weight], low, [b], True),
-        added([x], [weight], low, [b.mT.contiguous()], True, upright=True),
+        d_low,
+        *d_bs,
+        added([x], [weight], low, bs, True),
+        added([x], [weight], low, [a], True, upright=True),
+        added([x, x], codes, low, [a], True, upright=True),
     )
-    dy, low, b, x, weight = (leaf.double() for leaf in (dy, low, b, x, weight))
+    matrices = [Int8().dequantize(torch.bfloat16, *own) for own in codes]
+    assert all(torch.equal(dequantize(*own, torch.bfloat16), w) for own, w in zip(codes, matrices, strict=True))
+    weights = [own.double() for own in matrices]
+    dy, low, x, weight, a = (leaf.double() for leaf in (dy, low, x, weight, a))
+    bs = [b.double() for b in bs]
+    d_low, d_bs = contracted(dy, low, bs, False)
     exact = (
-        *contracted(dy, 8, low, 3, b, False),
-        *[added([x], [weight], low, [b], False)] * 2,
+        d_low,
+        *d_bs,
+        added([x], [weight], low, bs, False),
+        added([x], [weight], low, [a], False, upright=True),
+        added([x, x], weights, low, [a], False, upright=True),
     )
-    for own, other, bound in zip(found, exact, (2e-3, 2e-3, 3e-3, 3e-3), strict=True):
+    bounds = (*([2e-3] * (1 + len(bs))), 3e-3, 3e-3, 4e-3)
+    for own, other, bound in zip(found, exact, bounds, strict=True):
         assert own.shape == other.shape and own.dtype == torch.bfloat16
         error = float((own.double() - other).norm() / other.norm())
         assert 0 < error < bound
@@ -129,7 +163,7 @@ SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448, 120: 101376}
 
 def launches(monkeypatch: pytest.MonkeyPatch, rank: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """The kernels, what they are given, and how they are launched, for products of a rank."""
-    from finetuna_func.kernels import cross_entropy, gated, low_rank
+    from finetuna_func.kernels import cross_entropy, dequantize, gated, low_rank
 
     found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -151,9 +185,12 @@ def launches(monkeypatch: pytest.MonkeyPatch, rank: int) -> list[tuple[Any, tupl
         monkeypatch.setattr(module, "wrap_triton", Noted)
     gated.gated._init_fn(gu, of_both, b, b, a, False)
     gated.gated_backward_._init_fn(gu, of_both, b, b, a, wide, low, False)
-    low_rank.expand_._init_fn(wide, 0, low, 0, b, False, False)
-    low_rank.expand_._init_fn(wide, 0, draw(n * rows, 3 * rank), 0, draw(n, 3 * rank, width), True, True)
-    low_rank.contract._init_fn(wide, low, b, 0, 0)
+    low_rank.expand_._init_fn(wide, 0, low, 0, b, [width], False, False)
+    low_rank.expand_._init_fn(wide, 0, draw(n * rows, 2 * rank), 0, b, [width // 2, width // 2], False, False)
+    low_rank.expand_._init_fn(wide, 0, draw(n * rows, 3 * rank), 0, draw(n, 3 * rank, width), [width], True, True)
+    low_rank.contract._init_fn(wide, low, b, [width], 0, 0)
+    monkeypatch.setattr(dequantize, "_dequantize_kernel", Noted(dequantize._dequantize_kernel))
+    dequantize.dequantize(wide.to(torch.int8), torch.empty(n * rows), torch.bfloat16)
     cross_entropy.cross_entropy_._init_fn(wide, torch.empty(n * rows, dtype=torch.int64), -100)
     return found
 
@@ -166,7 +203,7 @@ def test_kernels_compile_for_a_kind_of_gpu(capability: int, rank: int, monkeypat
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int8: "*i8"}
     for kernel, args, options in launches(monkeypatch, rank):
         how = {name: value for name, value in options.items() if name.startswith("num_")}
         constants = {name: value for name, value in options.items() if name not in how}

@@ -4,7 +4,8 @@
 |---|---|
 | `gated` | what lies between the frozen products of a gated MLP: the gate, and the adapters' products |
 | `low_rank` | adapters' products elsewhere: from few columns to many, and both cotangents from one reading |
-| `in_place` | no kernel, but a product added to what is there already |
+| `in_place` | products added to what is there already |
+| `dequantize` | a matrix from its codes, where it is there for one product alone |
 | `cross_entropy` | losses of logits, which their gradient replaces |
 
 Nothing of Triton is imported before a kernel is used. A composite of plain torch is the definition of what a kernel

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op, wrap_triton
 
 from finetuna_func.kernels import padded
@@ -30,6 +31,7 @@ BLOCK_N = 64  # forward, twice as many for small ranks
 SMALL = 32  # ranks whose sums leave registers to two warps
 SPLITS = 4  # of the columns, forward: with fewer programs, multiprocessors would idle
 CHUNK = 1024  # rows whose sums one program forms, backward
+ENOUGH = 512  # programs of a launch, backward
 
 
 @triton.jit
@@ -84,12 +86,13 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    gu, low, b_g, b_u, a, d_h, d_low_h, d_g, d_u, d_low, d_bg, d_bu, d_a, total, rows, width, chunk,
+    gu, low, b_g, b_u, a, d_h, d_low_h, d_g, d_u, d_low, d_bg, d_bu, d_a, first_own, total, rows, width, chunk,
     RG: tl.constexpr, RU: tl.constexpr, RH: tl.constexpr, BG: tl.constexpr, BU: tl.constexpr, BH: tl.constexpr,
     GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks, chunks = tl.cdiv(width, BLOCK_N), tl.cdiv(rows, chunk)
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    tile += first_own * chunks
     own, first = (tile // chunks).to(tl.int64), (tile % chunks) * chunk
     col = block * BLOCK_N + tl.arange(0, BLOCK_N)
     kept = (col < width)[None, :]
@@ -126,7 +129,7 @@ def _backward_kernel(
         tl.store(d_g + h_at, dg, mask=inside & kept)
         tl.debug_barrier()  # all warps have read what d_u may replace
         tl.store(d_u + h_at, du, mask=inside & kept)
-        at = d_low + (block.to(tl.int64) * total + far) * (RG + RU)
+        at = d_low + (block.to(tl.int64) * total + far - first_own * rows) * (RG + RU)
         tl.store(at + of_g[None, :], tl.dot(dg, bg).to(d_low.dtype.element_ty), mask=inside & in_g)
         tl.store(at + RG + of_u[None, :], tl.dot(du, bu).to(d_low.dtype.element_ty), mask=inside & in_u)
         acc_g = tl.dot(tl.trans(dg), low_g, acc_g)
@@ -172,10 +175,11 @@ def gated(gu: Tensor, low: Tensor, b_g: Tensor, b_u: Tensor, a: Tensor, gelu: bo
 def gated_backward_(
     gu: Tensor, low: Tensor, b_g: Tensor, b_u: Tensor, a: Tensor, d_h: Tensor, d_low_h: Tensor, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the cotangents of the gate, of ``low``, ``b_g``, ``b_u`` and ``a``, all but the first in parts.
+    """Returns the cotangents of the gate, of ``low``, ``b_g``, ``b_u`` and ``a``, the last three in parts.
 
-    That of up takes the place of ``d_h``. The sum over the first axis is to be taken of that of ``low``, in the dtype
-    of ``gu``, and over the second, of parts, of the last three, in float32.
+    That of up takes the place of ``d_h``. The sum over the second axis, of parts, is to be taken of the last three, in
+    float32. That of ``low`` is a sum over all columns, with a part for each tile of these: many, of which those of half
+    the finetunes at a time are there.
 
     Args:
         gu: As for `gated`.
@@ -193,14 +197,19 @@ def gated_backward_(
     rows, blocks = total // n, -(-width // BLOCK_N)
     chunks = -(-rows // CHUNK)
     d_g = torch.empty_like(d_h)
-    d_low = gu.new_empty(blocks, total, rank_g + rank_u)  # many: in float32 of r = 16 as much as d_h
     d_bg, d_bu, d_a = (
         gu.new_empty(n, chunks, *shape, dtype=torch.float32)
         for shape in ((width, rank_g), (width, rank_u), (rank_h, width))
     )
-    wrap_triton(_backward_kernel)[(n * chunks * blocks,)](
-        gu, low, b_g, b_u, a, d_h, d_low_h, d_g, d_h, d_low, d_bg, d_bu, d_a, total, rows, width, CHUNK,
-        RG=rank_g, RU=rank_u, RH=rank_h, BG=padded(rank_g), BU=padded(rank_u), BH=padded(rank_h),
-        GELU=gelu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=2 if small else 4, num_stages=1,
-    )  # fmt: skip
-    return d_g, d_low, d_bg, d_bu, d_a
+    half = n // 2
+    shares = [half, n - half] if statically_known_true(half * chunks * blocks >= ENOUGH) else [n]
+    d_lows = []
+    for i, share in enumerate(shares):
+        parts = gu.new_empty(blocks, share * rows, rank_g + rank_u)  # in float32, of r = 16, half of what d_h is
+        wrap_triton(_backward_kernel)[(share * chunks * blocks,)](
+            gu, low, b_g, b_u, a, d_h, d_low_h, d_g, d_h, parts, d_bg, d_bu, d_a, i * half, share * rows, rows, width,
+            CHUNK, RG=rank_g, RU=rank_u, RH=rank_h, BG=padded(rank_g), BU=padded(rank_u), BH=padded(rank_h),
+            GELU=gelu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=2 if small else 4, num_stages=1,
+        )  # fmt: skip
+        d_lows.append(parts.sum(0, dtype=torch.float32).to(gu.dtype))
+    return d_g, d_lows[0] if len(d_lows) == 1 else torch.cat(d_lows), d_bg, d_bu, d_a
