@@ -91,7 +91,7 @@ class _AdaptedProducts(torch.autograd.Function):
         x, low, a, *rest = ctx.saved_tensors
         weights, bs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         n, rank = a.shape[0], sum(b.shape[-1] for b in bs)
-        g = _cat(grads, dim=-1)
+        g = _side_by_side(grads) if ctx.use_kernels else _cat(grads, dim=-1)
         grad_low, grad_bs = contracted(g, low, bs, ctx.use_kernels)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -239,6 +239,21 @@ def _sum(parts: Tensor, dim: int) -> Tensor:
 
 def _firsts(widths: Sequence[int]) -> list[int]:
     return [sum(widths[:i]) for i in range(len(widths))]
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """``torch.cat(parts, -1)``, of parts that are computed where they belong.
+
+    Of a `cat` the compiler makes one kernel that computes what each column might be: for queries and keys, whose
+    cotangents are turned by their positions, it has more to compute than a GPU can while it reads and writes.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    widths = [part.shape[-1] for part in parts]
+    whole = parts[0].new_empty(*parts[0].shape[:-1], sum(widths))
+    for at, part in zip(_firsts(widths), parts, strict=True):
+        whole[..., at : at + part.shape[-1]] = part
+    return whole
 
 
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
