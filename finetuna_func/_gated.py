@@ -172,7 +172,7 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b_g, b_u, a_d, b_d, down, low, gu, low_h, *saved = ctx.saved_tensors
-        weights = [(saved[0], saved[1]), (saved[2], saved[3])] if len(saved) == 4 else saved
+        weights = saved if len(saved) == 2 else [(saved[0], saved[1]), (saved[2], saved[3])]  # or codes and scales
         (dy,), n = grads, a.shape[0]
         d_low_h, (d_bd,) = contracted(dy, low_h.view(*dy.shape[:-1], -1), [b_d], ctx.how[1])
         d_low_h = d_low_h.reshape(low_h.shape)
@@ -183,7 +183,7 @@ class _GatedMlp(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             wide = [own.view(*x.shape[:-1], -1) for own in (d_g, d_u)]
             d_x = added(wide, weights, d_low, [a], ctx.how[1], upright=True)
-        return d_x, summed(d_low, x, n), d_bg, d_bu, d_ad, d_bd, *([None] * (4 + len(saved) // 4 * 4))
+        return d_x, summed(d_low, x, n), d_bg, d_bu, d_ad, d_bd, *([None] * (len(ctx.needs_input_grad) - 6))
 
 
 def _between(

@@ -139,16 +139,8 @@ def added(
         def add_adapters() -> None:
             for run in runs(widths, ranks):
                 own = _cat(factors[run], axis).contiguous()
-                expand_(
-                    y,
-                    sum(widths[: run.start]),
-                    low,
-                    sum(ranks[: run.start]),
-                    own,
-                    widths[run],
-                    upright,
-                    start is not None,
-                )
+                at, first = sum(widths[: run.start]), sum(ranks[: run.start])
+                expand_(y, at, low, first, own, widths[run], upright, start is not None)
 
         if start is None:
             add_adapters()

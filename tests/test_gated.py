@@ -136,12 +136,14 @@ class Driver:
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch):
-    """Compiles without a GPU: the graphs' kernels by what they write to, and outputs that are zeros."""
+    """Compiles without a GPU: the graphs' kernels by what they write to, operators in place, outputs that are zeros."""
     triton = pytest.importorskip("triton", reason="needs Triton, though no GPU")
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     written: list[list[str]] = []
+    called: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        called.extend(str(node.args[0]) for node in graph.graph.nodes if "auto_functionalized" in str(node.target))
         launched = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
         written.extend(sorted(node.kwargs["tensors_to_clone"]) for node in launched)
         (outputs,) = next(node for node in graph.graph.nodes if node.op == "output").args
@@ -149,13 +151,13 @@ def traced(monkeypatch: pytest.MonkeyPatch):
         return lambda *args: [None if own is None else torch.zeros(own.shape, dtype=own.dtype) for own in values]
 
     torch.compiler.reset()
-    yield aot_autograd(fw_compiler=backend), written
+    yield aot_autograd(fw_compiler=backend), written, called
     torch.compiler.reset()
 
 
 @pytest.mark.parametrize("lead", [(4, 2, 64), (2, 72)], ids=["rows and tokens", "rows"])
 def test_the_compiler_sees_a_kernel_forward_and_one_backward(lead: tuple[int, ...], traced: Any):
-    backend, written = traced
+    backend, written, called = traced
     leaves, weights = inputs(2, lead, (16, 40, 16), (4, 2, 3), 0)
     leaves, weights = [leaf.half().requires_grad_() for leaf in leaves], [weight.half() for weight in weights]
 
@@ -166,6 +168,7 @@ def test_the_compiler_sees_a_kernel_forward_and_one_backward(lead: tuple[int, ..
     grads = torch.autograd.grad(out.sum(), leaves)
     assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
     assert written == MLP
+    assert called == ["finetuna_func.add_product_.default"] * 2  # down, and of matrices, not codes, up in reverse
 
 
 def test_one_graph_serves_all_lengths(traced: Any):
@@ -187,7 +190,7 @@ def test_one_graph_serves_all_lengths(traced: Any):
 
 
 def test_whole_blocks_are_traced_with_the_kernels(traced: Any, monkeypatch: pytest.MonkeyPatch):
-    backend, written = traced
+    backend, written, called = traced
     monkeypatch.setattr(kernels, "available", lambda device: True)
     monkeypatch.setattr(kernels, "fits", lambda x, ranks: ranks in ((4,), (4, 4, 4)))
     monkeypatch.setattr(_blocks, "compile_block", lambda f, remat: torch.compile(f, backend=backend, fullgraph=True))
@@ -196,6 +199,9 @@ def test_whole_blocks_are_traced_with_the_kernels(traced: Any, monkeypatch: pyte
         lambda t: ft.apply_stacked(base, t, ids, compile="blocks").logits.float().mean((1, 2, 3))
     )(stack)
     assert written == [["y"], *MLP, ["d_b", "d_low"], ["y"]]  # that of queries before and after
+    in_place = [name.split(".")[1] for name in called]
+    of_codes, others = "add_product_of_codes_", "add_product_"  # of gate and up in reverse, of all others
+    assert in_place == [others, others, of_codes, of_codes, others]
 
 
 def compiled_gradients(base: ft.Base, stack: ft.Finetuned, ids: Tensor, **options: Any) -> dict[str, Tensor]:
