@@ -90,11 +90,8 @@ def _run(module: nn.Module, x: Tensor) -> Tensor | None:
     call: Call = module._ft_call  # type: ignore[assignment]
     use_kernels = call.kernels and kernels.fits(x, (b_g.shape[-1], b_u.shape[-1], a_d.shape[-2]))
     gelu = _ACTIVATIONS[_activation(module)]
-    a, weight, codes = (
-        torch.cat([a_g, a_u], dim=-2),
-        torch.cat([w_g, w_u]),
-        (int8_codes(layers[0]), int8_codes(layers[1])),
-    )
+    a, weight = torch.cat([a_g, a_u], dim=-2), torch.cat([w_g, w_u])
+    codes = [int8_codes(layer) for layer in layers[:2]]
     return gated_mlp(x, a, b_g, b_u, a_d, b_d, weight, w_d, codes, gelu=gelu, use_kernels=use_kernels)
 
 

@@ -23,6 +23,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from finetuna_func._quant import Int8
+
 _FEW = 16  # parts
 
 Codes: TypeAlias = "tuple[Tensor, Tensor]"
@@ -117,7 +119,7 @@ def added(
 
     Args:
         xs: ``(N * rows, ..., in)`` each.
-        weights: ``(in, width)`` each; with kernels also, of each, int8 codes and the scales of their rows.
+        weights: ``(in, width)`` each; or, of each, int8 codes and the scales of their rows.
         low: ``(N * rows, all columns)``; of the adapters of layers side by side, one after another.
         factors: ``(N, own width, r)`` of each of them; upright ``(N, r, own width)``.
         use_kernels: Whether `kernels` computes them, the frozen products being added in place.
@@ -155,7 +157,8 @@ def added(
     factors = [own if upright else own.mT for own in factors]
     parts = [expanded(low, first, own, upright=True) for first, own in zip(_firsts(ranks), factors, strict=True)]
     # Of three axes, if x is, or the compiler takes the sum for an `addmm`, which copies one part first.
-    plain = [(x @ weight).view(shape) for x, weight in products if isinstance(weight, Tensor)]
+    matrices = [own if isinstance(own, Tensor) else Int8().dequantize(low.dtype, *own) for own in weights]
+    plain = [(x @ matrix).view(shape) for x, matrix in zip(rows, matrices, strict=True)]
     return functools.reduce(torch.add, [*plain, _cat(parts, -1).view(shape)])
 
 

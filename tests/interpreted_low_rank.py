@@ -114,6 +114,12 @@ def test_contracted(layers: list[tuple[int, int]], three_axes: bool):
         assert error(own, other.roll(1, -1)) > 0.1 and error(own, other.roll(1, 0)) > 0.1
     d_low, d_bs = contracted(dy, low, bs, True)
     assert all(torch.equal(own, other) for own, other in zip(found, (d_low, *d_bs), strict=True))
+    # What is of one layer alone shows in no other's: neither its columns nor its factors.
+    width, rank = layers[0]
+    dy[..., :width], low[..., :rank] = torch.nan, torch.nan
+    d_low, d_bs = contracted(dy, low, [torch.full_like(bs[0], torch.nan), *bs[1:]], True)
+    assert torch.equal(d_low[..., rank:], found[0][..., rank:]) and d_low[..., :rank].isnan().all()
+    assert all(torch.equal(own, other) for own, other in zip(d_bs[1:], found[2:], strict=True))
 
 
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
@@ -148,6 +154,8 @@ def test_products_of_codes():
     )
     assert error(found, exact) < 3 * RTOL
     assert error(added(xs, codes[::-1], low, [a], True, upright=True), exact) > 0.1
+    composites = [added(xs, own, low, [a], False, upright=True) for own in (codes, weights)]
+    assert torch.equal(*composites) and error(composites[0], exact) < 3 * RTOL
 
 
 @pytest.mark.parametrize("layers", [[(24, 4)], [(24, 4), (16, 2), (8, 5)]], ids=["one layer", "three layers"])

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from finetuna_func._quant import Int8
+
 torch.library.define("finetuna_func::add_product_", "(Tensor(a!) y, Tensor x, Tensor w) -> ()")
 torch.library.define(
     "finetuna_func::add_product_of_codes_", "(Tensor(a!) y, Tensor x, Tensor codes, Tensor scales) -> ()"
@@ -26,7 +28,7 @@ def _add_product(y: Tensor, x: Tensor, w: Tensor) -> None:
 
 @torch.library.impl("finetuna_func::add_product_of_codes_", "cpu")
 def _add_product_of_codes(y: Tensor, x: Tensor, codes: Tensor, scales: Tensor) -> None:
-    y.addmm_(x, (codes * scales.unsqueeze(-1)).to(y.dtype))
+    y.addmm_(x, Int8().dequantize(y.dtype, codes, scales))
 
 
 @torch.library.impl("finetuna_func::add_product_of_codes_", "cuda")
